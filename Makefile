@@ -1,0 +1,63 @@
+# Everything sets itself up in .venv on first use.  `make` alone lists the targets.
+PYTHON ?= python3
+BIN    := .venv/bin
+PARAMS ?= paper/params/demo.yaml
+SHELL  := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+# two workers side by side must not start as many threads each as there are cores
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# large gradients are allocated anew in every step: huge pages make that cheap where the kernel offers them
+export THP_MEM_ALLOC_ENABLE = 1
+
+.PHONY: help demo run test test-slow docs readme book edit bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/ready: settings.ini setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "== building .venv (a few minutes, once)"
+	@$(PYTHON) -m venv .venv || { echo "Python's venv module is missing: install python3-venv, then try again."; exit 1; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: ## train on movie reviews with the offline backbone, explain, report
+	@$(MAKE) --no-print-directory run PARAMS=paper/params/demo.yaml
+
+run: .venv/ready ## run one experiment: make run PARAMS=paper/params/NAME.yaml
+	@echo "== experiment $(PARAMS)"
+	@$(BIN)/python tools/run_experiment.py $(PARAMS)
+
+test: .venv/ready ## sync check, notebooks, pytest
+	@echo "== 1/3 sync: notebooks and modules agree"
+	@$(BIN)/python tools/check_sync.py
+	@echo "== 2/3 notebooks"
+	@$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --timing
+	@echo "== 3/3 pytest"
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2
+
+test-slow: test ## also what takes minutes
+	@echo "== slow notebooks cells"
+	@$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --flags slow --timing
+	@echo "== slow tests"
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q -m slow
+
+docs: .venv/ready readme ## build the site into _docs
+	@if command -v quarto >/dev/null; then $(BIN)/nbdev_docs; else echo "Quarto is not installed: pandoc preview"; $(BIN)/python tools/docs_preview.py; fi
+
+readme: .venv/ready ## README.md from nbs/index.ipynb
+	@$(BIN)/python tools/readme.py
+
+book: .venv/ready ## execute all chapters in place, clean, export
+	@for n in nbs/[0-9]*.ipynb nbs/index.ipynb; do echo "== $$n"; $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace "$$n"; done
+	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(MAKE) --no-print-directory readme
+
+edit: .venv/ready ## pair every chapter with a text file in .nbpy
+	@$(BIN)/jupytext --sync nbs/*.ipynb
+
+bench: .venv/ready ## time and memory of the decode
+	@for d in float32 bfloat16; do for g in sparse dense; do for p in tiled naive; do PYTHONPATH=. $(BIN)/python tools/bench_decode.py $$p $$g $$d; done; done; done
+
+clean: ## remove what was built
+	@rm -rf _docs _proc build dist *.egg-info runs

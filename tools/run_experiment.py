@@ -1,0 +1,37 @@
+"Run one experiment notebook from a parameter file with papermill: run_experiment.py paper/params/NAME.yaml"
+import os
+import sys
+from pathlib import Path
+
+import papermill as pm
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+def main(params_file):
+    path = Path(params_file)
+    if not path.is_file(): sys.exit(f"No parameter file {path}: choose one of {', '.join(sorted(p.stem for p in (ROOT/'paper/params').glob('*.yaml')))}.")
+    params = yaml.safe_load(path.read_text())
+    notebook = ROOT/'nbs/experiments'/f"{params.pop('notebook', 'classification')}.ipynb"
+    os.chdir(ROOT)
+    params.setdefault('command', f'make run PARAMS={params_file}')
+    out = Path(params.get('output_dir', 'runs'))/params['experiment_name']
+    out.mkdir(parents=True, exist_ok=True)
+    # the kernel of this environment, whatever kernels the user has installed
+    os.environ['JUPYTER_PATH'] = str(Path(sys.prefix)/'share/jupyter')
+    try: pm.execute_notebook(str(notebook), str(out/notebook.name), parameters=params, kernel_name='python3', cwd=str(ROOT), progress_bar=False,
+                             log_output=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+    except pm.PapermillExecutionError as e: sys.exit(f"The experiment failed: {e.ename}: {e.evalue}\nThe notebook up to the failing cell is {out/notebook.name}.")
+    summary(out)
+
+def summary(out):
+    "The lines that people look for."
+    from lexical_sae.results import read_results
+    m = read_results(out)['metrics']
+    print(f"\nmodel      {out/'model'}\nresults    {out/'results.json'}\nnotebook   {out/'classification.ipynb'}")
+    print(f"accuracy {m['accuracy']:.4f}" + (f" (dense twin {m['dense']['accuracy']:.4f})" if m.get('dense') else ''))
+    print(f"mean active dimensions {m['active_dims']:.1f}")
+    print(f"worst identity error {m['identity_error']:.1e}")
+    print(f"report {(out/'report.html')}")
+
+if __name__ == '__main__': main(*sys.argv[1:])

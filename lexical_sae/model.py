@@ -336,8 +336,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedMode
 # %% ../nbs/01a_model.ipynb #fe6fc6b6
 def _special_ids(tokenizer) -> list[int]:
     "Tokens that frame a text. The unknown and the mask token stand for words, so they stay."
-    words = {tokenizer.unk_token_id, tokenizer.mask_token_id}
-    return sorted(set(tokenizer.all_special_ids) - words) if tokenizer is not None else []
+    if tokenizer is None: return []
+    return sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id, tokenizer.mask_token_id})
 
 def weights_hash(model: nn.Module) -> str:
     "Short SHA-256 of a model's parameters by name."

@@ -199,11 +199,13 @@ class _DualStep(TrainerCallback):
 
 # %% ../nbs/02c_train.ipynb #bfaeb6ae
 class ProgressLines(TrainerCallback):
-    "Prints a line at every log: step, cross-entropy against tau, lambda, active words, time left."
+    "Prints a line now and then: step, cross-entropy against tau, lambda, active words, time left."
+    def __init__(self, every: int = 1): self.every = every  # steps between lines, at least
+
     def on_train_begin(self, args, state, control, **kwargs): self.start = time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or 'loss' not in logs: return
+        if not logs or 'loss' not in logs or (state.global_step % self.every and state.global_step < state.max_steps): return
         spent = time.perf_counter() - self.start
         left = spent/max(1, state.global_step)*(state.max_steps - state.global_step)
         parts = [f'step {state.global_step:5d}/{state.max_steps}', f"loss {float(logs['loss']):.3f}"]

@@ -19,6 +19,7 @@ def main(params_file):
     out.mkdir(parents=True, exist_ok=True)
     # the kernel of this environment, whatever kernels the user has installed
     os.environ['JUPYTER_PATH'] = str(Path(sys.prefix)/'share/jupyter')
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore:IProgress not found')
     try: pm.execute_notebook(str(notebook), str(out/notebook.name), parameters=params, kernel_name='python3', cwd=str(ROOT), progress_bar=False,
                              log_output=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
     except pm.PapermillExecutionError as e: sys.exit(f"The experiment failed: {e.ename}: {e.evalue}\nThe notebook up to the failing cell is {out/notebook.name}.")

@@ -1,0 +1,80 @@
+"What holds the house together: notebooks, parameter files, README, packaging."
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+import venv
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = sorted((ROOT/'nbs/experiments').glob('*.ipynb'))
+PARAMS = sorted((ROOT/'paper/params').glob('*.yaml'))
+CHAPTERS = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
+cells = lambda f: json.loads(f.read_text())['cells']
+source = lambda c: ''.join(c['source'])
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT/'tools'/f'{name}.py')
+    module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+    return module
+
+def test_there_is_something_to_check(): assert EXPERIMENTS and PARAMS and len(CHAPTERS) > 10
+
+def parameters(notebook):
+    tagged = [c for c in cells(notebook) if 'parameters' in c['metadata'].get('tags', [])]
+    assert len(tagged) == 1, f'{notebook.name} needs exactly one cell tagged parameters'
+    return set(re.findall(r'^(\w+) *=', source(tagged[0]), flags=re.M))
+
+@pytest.mark.parametrize('notebook', EXPERIMENTS, ids=lambda f: f.stem)
+def test_experiment_is_parameterised_and_skipped(notebook):
+    assert {'experiment_name', 'output_dir', 'dataset_name', 'train_samples', 'test_samples', 'model_name'} <= parameters(notebook)
+    first = cells(notebook)[0]
+    assert first['cell_type'] == 'raw' and 'skip_exec: true' in source(first)
+
+@pytest.mark.parametrize('file', PARAMS, ids=lambda f: f.stem)
+def test_parameter_file_names_known_parameters(file):
+    params = yaml.safe_load(file.read_text())
+    known = parameters(ROOT/'nbs/experiments'/f"{params.pop('notebook', 'classification')}.ipynb")
+    assert set(params) <= known and params['experiment_name'] == file.stem
+
+@pytest.mark.parametrize('notebook', CHAPTERS, ids=lambda f: f.stem)
+def test_chapter_opens_with_title_and_summary_and_has_no_errors(notebook):
+    first = source(cells(notebook)[0])
+    assert re.match(r'# .+\n\n?> .+', first)
+    assert not [o for c in cells(notebook) for o in c.get('outputs', []) if o['output_type'] == 'error']
+
+def test_readme_is_made_from_the_index(): assert (ROOT/'README.md').read_text() == tool('readme').render()
+
+def test_requirements_are_pinned():
+    ini = ConfigParser(delimiters=['=']); ini.read(ROOT/'settings.ini')
+    name = lambda r: re.split(r'[<>=!\[ ]', r)[0].lower().replace('_', '-')
+    pinned = {name(l) for l in (ROOT/'constraints.txt').read_text().splitlines() if l}
+    wanted = {name(r) for key in ('requirements', 'dev_requirements') for r in shlex.split(ini['DEFAULT'][key])}
+    assert wanted <= pinned
+
+def test_quarto_configuration_is_one_file():
+    assert (ROOT/'nbs/_quarto.yml').is_symlink() and (ROOT/'nbs/_quarto.yml').resolve() == ROOT/'_quarto.yml'
+
+def test_no_machine_paths():
+    home = '/ro' + 'ot/'
+    for pattern in ('nbs/**/*.ipynb', 'lexical_sae/*.py', 'paper/**/*.json', 'tools/*.py', '*.md'):
+        for f in ROOT.glob(pattern):
+            text = f.read_text()
+            assert not re.search(r'(?<![\w.])/(work|tmp/proto)/', text) and home not in text, f'{f} names a path of one machine'
+
+@pytest.mark.slow
+def test_wheel_works_in_an_empty_environment(tmp_path):
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', tmp_path, ROOT], check=True)
+    wheel, = tmp_path.glob('*.whl')
+    venv.create(tmp_path/'env', with_pip=True)
+    python = tmp_path/'env/bin/python'
+    subprocess.run([python, '-m', 'pip', 'install', '-q', '-c', ROOT/'constraints.txt', wheel], check=True)
+    code = 'import lexical_sae, lexical_sae.model as m; print(len(m.sample_sentences()), lexical_sae.__file__)'
+    out = subprocess.run([python, '-c', code], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert out.startswith('64 ') and str(tmp_path/'env') in out

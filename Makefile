@@ -8,6 +8,7 @@ SHELL  := /bin/bash
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # large gradients are allocated anew in every step: huge pages make that cheap where the kernel offers them
 export THP_MEM_ALLOC_ENABLE = 1
+export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
 .PHONY: help demo run test test-slow docs readme book edit bench clean
 .DEFAULT_GOAL := help
@@ -50,7 +51,7 @@ readme: .venv/ready ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
 book: .venv/ready ## execute all chapters in place, clean, export
-	@for n in nbs/[0-9]*.ipynb nbs/index.ipynb; do echo "== $$n"; $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace "$$n"; done
+	@for n in nbs/[0-9]*.ipynb nbs/index.ipynb; do echo "== $$n"; PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace "$$n"; done
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(MAKE) --no-print-directory readme
 
 edit: .venv/ready ## pair every chapter with a text file in .nbpy

@@ -78,3 +78,19 @@ def test_wheel_works_in_an_empty_environment(tmp_path):
     code = 'import lexical_sae, lexical_sae.model as m; print(len(m.sample_sentences()), lexical_sae.__file__)'
     out = subprocess.run([python, '-c', code], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert out.startswith('64 ') and str(tmp_path/'env') in out
+
+@pytest.mark.slow
+def test_an_experiment_runs_from_its_parameter_file(tmp_path):
+    params = yaml.safe_load((ROOT/'paper/params/verify_full.yaml').read_text()) | {'output_dir': str(tmp_path)}
+    file = tmp_path/'verify.yaml'; file.write_text(yaml.safe_dump(params))
+    out = subprocess.run([sys.executable, ROOT/'tools/run_experiment.py', file], check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    folder = tmp_path/'verify_full'
+    metrics = json.loads((folder/'results.json').read_text())['metrics']
+    assert metrics['identity_error'] <= 1e-5 and 0 < metrics['active_dims'] < 1000 and 'dense' in metrics
+    assert out.strip().splitlines()[-1].startswith('report ') and '<html' in (folder/'report.html').read_text()
+    assert (folder/'model/model.safetensors').exists()
+
+@pytest.mark.parametrize('argument, sentence', [('missing.yaml', 'No parameter file')])
+def test_missing_parameter_file_is_one_sentence(argument, sentence):
+    run = subprocess.run([sys.executable, ROOT/'tools/run_experiment.py', argument], capture_output=True, text=True)
+    assert run.returncode and sentence in run.stderr and 'Traceback' not in run.stderr

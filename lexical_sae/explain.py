@@ -178,7 +178,7 @@ grid-template-columns:minmax(0,3fr) minmax(17rem,2fr);gap:.4rem 2rem;padding:1re
 .lx h4{grid-column:1/-1;margin:0;font-size:1rem;font-weight:600}.lx h4 small{font-weight:400;color:#5a6577;margin-left:.6rem}
 .lx .text{font-family:Georgia,"Times New Roman",serif;font-size:1.12rem;line-height:1.9;overflow-wrap:anywhere}
 .lx .text span{padding:.1em .15em;border-radius:.2em}.lx table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
-.lx th{font-weight:500;color:#5a6577;text-align:right;border-bottom:1px solid #dfe3ea}.lx td{text-align:right;padding:.05rem .35rem}
+.lx th{font-weight:500;color:#5a6577;text-align:right;border-bottom:1px solid #dfe3ea}.lx td{text-align:right;padding:.05rem .35rem}.lx td,.lx th{white-space:nowrap}
 .lx th:first-child,.lx td:first-child{text-align:left}.lx td.at{text-align:left;color:#5a6577}.lx .bar{width:34%;padding:0}
 .lx .bar i{display:block;height:.75em;border-radius:2px}.lx .sum{border-top:1px solid #dfe3ea;font-weight:600}.lx p{margin:.6rem 0 0;color:#5a6577;font-size:.82rem}
 @media (max-width:720px){.lx{grid-template-columns:1fr}}

@@ -150,7 +150,7 @@ def relative_gap(logits: Tensor, parts: Tensor, bias: Tensor) -> Tensor:  # [...
     "|logit - (sum of parts + bias)| relative to max(1, sum of |parts|)."
     return (logits - (parts.sum(-1) + bias)).abs()/parts.abs().sum(-1).clamp(min=1)
 
-def identity_error(state: 'CircuitState|TagCircuitState') -> float:
+def identity_error(state) -> float:  # of a CircuitState or TagCircuitState
     "Worst relative difference between a logit and the sum of its parts; 1e-5 is the bound in float32, 1e-12 in float64."
     return state.identity_gap().max().item() if state.logits.numel() else 0.
 

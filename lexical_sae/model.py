@@ -115,7 +115,7 @@ class SparseSequence:
     "Stands for the gated words at every position [B,L,V]; decodes on demand."
     h: Tensor      # [B,L,D] inputs of the vocabulary projection
     keep: Tensor   # [B,L] bool: real positions (no padding, no special tokens)
-    model: 'LexicalSAE'
+    model: nn.Module  # the LexicalSAE that decodes
 
     @cached_property
     def index(self) -> Tensor: return self.keep.nonzero()               # [N,2] (text, position) of the real positions

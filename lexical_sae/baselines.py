@@ -96,7 +96,7 @@ def fit_sae(
     active: float,                # K: mean features per state; equal to the model it is compared with
     kind: str = 'topk',           # "topk" or "jumprelu"
     num_features: int|None = None,  # m; None: 4 D
-    steps: int = 2000,            # batches; the error has stopped falling by then on some thousand states
+    steps: int = 1000,            # batches; on some thousand states the error hardly falls any more after them
     batch_size: int = 256,
     learning_rate: float = 1e-3,
     patience: int = 200,          # steps without a spike after which a feature counts as dead

@@ -215,7 +215,7 @@ def fit_bag_of_words(
     "Logistic regression on which words occur; its penalty by three-fold cross-validation."
     if len(set(labels)) < 2: raise ValueError("All labels are the same: there is nothing to separate.")
     words = CountVectorizer(analyzer=_words_of, binary=True, min_df=1 if vocabulary else 2, vocabulary=None if vocabulary is None else sorted(set(vocabulary)))
-    return make_pipeline(words, LogisticRegressionCV(Cs=(.03, .1, .3, 1., 3.), cv=3, l1_ratios=(0.,), max_iter=1000, random_state=seed, use_legacy_attributes=False)).fit(texts, labels)
+    return make_pipeline(words, LogisticRegressionCV(Cs=(.03, .1, .3, 1., 3.), cv=3, scoring='accuracy', l1_ratios=(0.,), max_iter=1000, random_state=seed, use_legacy_attributes=False)).fit(texts, labels)
 
 def lexicon_predictions(
     texts: list[str],

@@ -7,6 +7,7 @@ __all__ = ['Windows', 'windows_of', 'pool_windows', 'WindowedState', 'classify_w
            'LongContextPoint', 'LongContext', 'measure_long_context']
 
 # %% ../nbs/05g_long_context.ipynb #89a780cc
+import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -124,8 +125,10 @@ class PeakMemory:
         self.mib, self.cuda = None, torch.cuda.is_available()
         if self.cuda: torch.cuda.reset_peak_memory_stats()
         else:
-            try: Path('/proc/self/clear_refs').write_text('5')           # resets the high-water mark
-            except OSError: self.before = None; return self
+            try:
+                ctypes.CDLL(None).malloc_trim(0)
+                Path('/proc/self/clear_refs').write_text('5')            # resets the high-water mark
+            except (OSError, AttributeError): self.before = None; return self
         self.before = self._read()[0]
         return self
     def __exit__(self, *error):
@@ -215,6 +218,7 @@ def measure_long_context(
     "Hide every text in hay of growing length and classify it, whole where it fits and by windows."
     check_texts(texts)
     if len(labels) != len(texts): raise ValueError(f"{len(texts)} texts have {len(labels)} labels: give one each.")
+    classify_windows(model, texts[0])                                    # warm-up: first calls allocate what later ones share
     limit, filler, depths = model.config.max_positions, list(filler or sample_sentences()), np.random.default_rng(seed).random(len(texts))
     points, sizes = [], [min(w or limit, limit) for w in windows]
     for length in tqdm([0, *lengths], desc='long context', disable=not progress, mininterval=5):

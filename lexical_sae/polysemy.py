@@ -8,6 +8,7 @@ __all__ = ['ContextSpreadFitter', 'most_varied_words', 'context_states', 'start_
 
 # %% ../nbs/05e_polysemy.ipynb #db3340ef
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ def context_states(
         for r, j in enumerate(rows):
             if hits[j] is not None: out[j] = h[r, hits[j].tokens[0]]
     model.train(was_training)
-    return out, torch.tensor([w is not None and bool(w.tokens) for w in hits])
+    return out, torch.tensor([w is not None and bool(w.tokens) for w in hits], dtype=torch.bool)
 
 @torch.no_grad()
 def start_slots(
@@ -112,7 +113,7 @@ def start_slots(
 
 def expand_senses(
     model: LexicalSAE,
-    words: list[str],        # of the vocabulary
+    words: list[str|int],    # of the vocabulary, or their ids
     texts: list[str],        # contexts to start from, such as the training texts
     num_senses: int = 2,
     most: int = 200,         # contexts per word
@@ -123,9 +124,12 @@ def expand_senses(
     if model.senses is not None: raise ValueError("This model has senses already: expand all words at once, in a model without.")
     if model.query is not None or model.topk.k: raise ValueError("Senses need pooling='max' and topk_per_position=0.")
     ids = [word_to_id(model.tokenizer, w) for w in words]
-    weight, _ = model.decoder()
+    (weight, _), names = model.decoder(), model.words
     expander = SenseExpander(ids, *weight.shape, num_senses).to(weight.device)
-    start_slots(expander, [_contexts_of(model, w, texts, most) for w in words], seed)
+    contexts = [_contexts_of(model, names[i], texts, most) for i in ids]
+    if few := [names[i] for i, h in zip(ids, contexts) if len(h) < num_senses]:
+        warnings.warn(f"{len(few)} of {len(ids)} words occur in fewer than {num_senses} texts ({', '.join(few[:5])}): their slots start at random; give more texts.")
+    start_slots(expander, contexts, seed)
     base = expander.base_ids()
     _widen(model, base)
     model.senses, model.config.sense_words, model.config.num_senses = expander, ids, num_senses

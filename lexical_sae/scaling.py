@@ -54,7 +54,7 @@ def read_through_gate(
     mean: Tensor,   # [V] training mean of the logits
 ) -> Tensor:        # [n,V]
     "Open words keep their logit, closed ones stand at their mean."
-    return torch.where(gate.is_open(z), z, mean.to(z.dtype))
+    return torch.where(gate.is_open(z, slice(z.shape[-1])), z, mean.to(z.dtype))     # a word with senses: by the gate of its first
 
 # %% ../nbs/05f_scaling.ipynb #83e3239b
 def mask_every_sixth(

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .activation import JumpReLU
 from .dense import DenseClassifier
-from .dla import CircuitState, ClassifierHead, circuit_state, identity_error, relative_gap
+from .dla import CircuitState, ClassifierHead, circuit_state, relative_gap
 from .model import LexicalSAE
 from .results import paired_bootstrap
 from .words import normalise_word, text_words

@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'find_layers', 'edited_layers', 'LayerContributions', 'spl
 # %% ../nbs/05d_layerwise.ipynb #788deb15
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.autograd.forward_ad as forward_ad

@@ -8,7 +8,7 @@ __all__ = ['MaskedLoss', 'DownstreamLoss', 'read_through_gate', 'mask_every_sixt
            'Scaling', 'ScalingFitter', 'measure_scaling']
 
 # %% ../nbs/05f_scaling.ipynb #fac72cd3
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch

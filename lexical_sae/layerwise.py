@@ -92,7 +92,7 @@ class LayerContributions:
 
 def _read(model, h, text, position, ids) -> Tensor:                      # [n]
     "z of a few words at their positions."
-    weight, bias = model.decoder()
+    (weight, bias), ids = model.decoder(), model.base_ids[ids]           # a sense is read as its word
     z = (h[text, position]*weight[ids]).sum(-1)
     return z if bias is None else z + bias[ids]
 

@@ -10,7 +10,7 @@ __all__ = ['Windows', 'windows_of', 'pool_windows', 'WindowedState', 'classify_w
 import ctypes
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +81,8 @@ def classify_windows(
     batch_size: int = 8,
 ) -> WindowedState:
     "Classify a text of any length by the words of all its windows."
-    if model.query is not None or model.inference_topk:
-        raise ValueError("Windows are pooled by their maximum: use a model with pooling='max' and without TopK.")
+    if model.query is not None or model.topk.k or model.senses is not None:
+        raise ValueError("Windows are pooled by their maximum: use a model with pooling='max', without TopK and senses.")
     windows, was_training = windows_of(model, text, window, overlap), model.training
     model.eval()
     z, window, position = pool_windows(model, windows, batch_size)

@@ -213,6 +213,8 @@ def test_expanded_models_train_measure_and_ground(tokenizer):
     assert made.senses.keys.grad.abs().sum() > 0 and torch.isfinite(made.senses.keys.grad).all()
     found = measure_grounding(made.eval(), TEXTS, LABELS, FrozenReference.of(made))
     assert found.identity_error <= 1e-5 and found.active_dims > 0
+    assert measure_layers(made, TEXTS, methods=('lens',))['lens'].remainder_share < 1e-4
+    with pytest.raises(ValueError, match='without TopK and senses'): classify_windows(made, TEXTS[0])
     assert measure_scaling(made, TEXTS, LABELS, TEXTS).downstream.all_tokens.tokens > 0
 
 def test_senses_refuse_what_is_not_built(tokenizer, model):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'find_layers', 'edited_layers', 'LayerContributions', 'split_by_layer', 'layer_contributions',
-           'LayerReport', 'LayerFitter', 'measure_layers']
+           'LayerReport', 'LayerFitter', 'Layers', 'measure_layers']
 
 # %% ../nbs/05d_layerwise.ipynb #788deb15
 from collections.abc import Callable, Iterator
@@ -202,6 +202,25 @@ class LayerFitter:
         mean, size = (self.total/self.weight).tolist(), (self.size/self.weight).tolist()
         return LayerReport(self.method, self.texts, mean[0], mean[1], tuple(mean[2:-1]), tuple(size[2:-1]), mean[-1], size[-1]/size[0])
 
+@dataclass(frozen=True)
+class Layers:
+    "One report for each way of asking."
+    reports: dict            # method -> `LayerReport`
+
+    def __getitem__(self, method: str) -> LayerReport: return self.reports[method]
+    def to_dict(self) -> dict: return {m: r.to_dict() for m, r in self.reports.items()}
+    def to_frame(self):
+        "Methods side by side, in the units of z."
+        import pandas as pd
+        return pd.DataFrame({m: dict(z=r.z, embedding=r.embedding) | {f'layer {i + 1}': c for i, c in enumerate(r.layers)} | dict(remainder=r.remainder, remainder_share=r.remainder_share)
+                             for m, r in self.reports.items()})
+    def plot(self, axes=None):
+        "Bars by layer, one picture a method."
+        import matplotlib.pyplot as plt
+        if axes is None: axes = plt.subplots(1, len(self.reports), figsize=(3.6*len(self.reports), 2.4), squeeze=False)[1][0]
+        for report, ax in zip(self.reports.values(), axes): report.plot(ax)
+        return axes
+
 def measure_layers(
     model: LexicalSAE,
     texts: list[str],
@@ -209,7 +228,7 @@ def measure_layers(
     methods: tuple = METHODS,
     max_length: int|None = None,
     batch_size: int = 32,
-) -> dict[str, LayerReport]:          # by method
+) -> Layers:
     "Which layers write the words that decide; about 3 N + 4 passes through a backbone of N layers."
     check_texts(texts)
     was_training, order = model.training, sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -218,4 +237,4 @@ def measure_layers(
     for i in tqdm(range(0, len(order), batch_size), desc='layers', mininterval=5, disable=len(order) < 5*batch_size):
         for fitter in fitters.values(): fitter.update([texts[j] for j in order[i:i + batch_size]], max_length)
     model.train(was_training)
-    return {m: f.fit() for m, f in fitters.items()}
+    return Layers({m: f.fit() for m, f in fitters.items()})

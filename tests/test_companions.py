@@ -145,7 +145,7 @@ def test_layers_refuse_attention_pooling(tokenizer):
     with pytest.raises(ValueError, match='max pooling only'): layer_contributions(build(tokenizer, pooling='attention'), TEXTS[0])
 
 def test_layer_reports_serialise(model):
-    json.dumps({k: v.to_dict() for k, v in measure_layers(model, TEXTS).items()} | {'one': layer_contributions(model, TEXTS[0]).to_dict()})
+    json.dumps(measure_layers(model, TEXTS).to_dict() | {'one': layer_contributions(model, TEXTS[0]).to_dict()})
 
 # ---- long texts ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('window, overlap', [(12, 0), (12, 5), (48, 16), (None, 0)])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .dla import CircuitState, ClassifierHead, circuit_state, identity_error
-from .words import normalise_word, text_words
+from .words import normalise_word, text_words, vocabulary_words
 from .model import LexicalSAE, lift, load_backbone, projection, weights_hash
 
 # %% ../nbs/01c_grounding.ipynb #75b3eef1
@@ -24,14 +24,16 @@ class FrozenReference(nn.Module):
     def __init__(self,
         backbone,            # lifted masked language model, untrained
         shift: float = 0.,   # the model's logit shift: softmax does not see it, thresholds do
+        base_ids: Tensor|None = None,  # the word behind each dimension, where the model has senses
     ):
         super().__init__()
+        self.register_buffer('base_ids', base_ids)
         self.backbone, self.shift = backbone.eval().requires_grad_(False), float(shift)
 
     @classmethod
     def of(cls, model: LexicalSAE) -> 'FrozenReference':
         "A copy of the model's backbone as it is now: call it before training."
-        return cls(copy.deepcopy(model.backbone), model.logit_shift.item())
+        return cls(copy.deepcopy(model.backbone), model.logit_shift.item(), None if model.senses is None else model.base_ids)
 
     @classmethod
     def load(cls, model: LexicalSAE) -> 'FrozenReference':
@@ -41,7 +43,7 @@ class FrozenReference(nn.Module):
         backbone = load_backbone(name, model.config.backbone_revision)
         if want and weights_hash(backbone) != want:
             raise ValueError(f"The weights of '{name}' are not those this model started from: pass the right revision of the backbone.")
-        return cls(lift(backbone), model.logit_shift.item())
+        return cls(lift(backbone), model.logit_shift.item(), None if model.senses is None else model.base_ids)
 
     @torch.no_grad()
     def encode(self, input_ids: Tensor, attention_mask: Tensor|None = None) -> Tensor:  # [B,L,D]
@@ -57,6 +59,7 @@ class FrozenReference(nn.Module):
     ) -> Tensor:                        # [B,K]
         "z0 of a few words: a gather, never a decode of the vocabulary."
         weight, bias = projection(self.backbone)
+        if self.base_ids is not None: ids = self.base_ids[ids]           # the reference knows words, not senses
         E = weight[ids]                                                  # [B,K,D]
         if position is not None:
             at = h.gather(1, position.long()[..., None].expand(-1, -1, h.shape[-1]))      # [B,K,D]
@@ -161,8 +164,9 @@ class GroundingFitter:
         positive_class: int|None = None,  # the class that a positive valence speaks for; needed with `lexicon`
     ):
         self.model, self.reference, self.positive = model, reference, positive_class
-        self.dims = model.activation.allowed.nonzero()[:, 0]
-        self.names = [normalise_word(w or '') for w in model.words]
+        self.dims, self.base = model.activation.allowed[:model.vocab_size].nonzero()[:, 0], model.base_ids
+        words = vocabulary_words(model.tokenizer, model.vocab_size)
+        self.names = [normalise_word(words[j] or '') for j in self.base.tolist()]                # a sense counts as its word
         V = model.num_dims
         self.valence = None if lexicon is None else torch.tensor([float(lexicon.get(w, 0.)) for w in self.names]).sign()
         self.direction = None
@@ -191,7 +195,7 @@ class GroundingFitter:
         add('bias', bias); add('bias_of', bias + size.sum())
         own = [{normalise_word(w) for w in text_words(t)} for t in texts]
         add('input', size[torch.tensor([self.names[j] in own[i] for i, j in zip(text.tolist(), ids.tolist())], dtype=torch.bool)].sum())
-        rank = reference_ranks(self.reference, self.reference.encode(**batch), text, state.position[text, ids], ids, self.dims)
+        rank = reference_ranks(self.reference, self.reference.encode(**batch), text, state.position[text, ids], self.base[ids], self.dims)
         add('reference', size[rank < TOP].sum())
         self._directions(value, size, text, ids, predicted, add)
 

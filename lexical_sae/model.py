@@ -30,9 +30,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import ModelOutput
 
 from .activation import TopK, make_gate
-from .decode import (NonZeros, Threshold, ThresholdFitter, attention_decode, pooled_decode, streamed_linear,
-                                streamed_nonzeros)
+from .decode import (NonZeros, Threshold, ThresholdFitter, _tile_logits, attention_decode, compute_dtype, pooled_decode,
+                                streamed_linear, streamed_nonzeros)
 from .dla import CircuitState, ClassifierHead, TagCircuitState, circuit_state
+from .senses import SenseExpander, gate_senses, spread_senses
 from .words import vocabulary_mask, vocabulary_words
 
 # %% ../nbs/01a_model.ipynb #08f9ade8
@@ -84,6 +85,8 @@ class LexicalSAEConfig(PreTrainedConfig):
         bandwidth: float = .2,            # width of the gate's surrogate, as a share of the spread of z
         topk_per_position: int = 0,       # inference only; 0: off
         special_token_ids: list|None = None,  # positions of these tokens take no part in pooling
+        sense_words: list|None = None,    # ids of the words that have slots for their senses (chapter 00c)
+        num_senses: int = 2,              # slots of each of them
         backbone_name: str|None = None,   # where the backbone came from; the frozen reference of grounding
         backbone_revision: str|None = None,
         backbone_hash: str|None = None,   # short hash of its weights
@@ -95,10 +98,13 @@ class LexicalSAEConfig(PreTrainedConfig):
         self.pooling, self.gate, self.classifier_hidden, self.vocabulary = pooling, gate, classifier_hidden, vocabulary
         self.init_threshold, self.initial_words, self.bandwidth = init_threshold, initial_words, bandwidth
         self.topk_per_position, self.special_token_ids = topk_per_position, special_token_ids or []
+        self.sense_words, self.num_senses = sense_words or [], num_senses
         self.backbone_name, self.backbone_revision, self.backbone_hash = backbone_name, backbone_revision, backbone_hash
         self.format_version = format_version
         super().__init__(**kwargs)
         if pooling not in ('max', 'attention'): raise ValueError(f"Unknown pooling '{pooling}': choose 'max' or 'attention'.")
+        if self.sense_words and (pooling != 'max' or topk_per_position):
+            raise ValueError("Senses are chosen position by position and pooled by their maximum: use pooling='max' and topk_per_position=0.")
         if format_version > FORMAT_VERSION:
             raise ValueError(f"This checkpoint has format {format_version}, newer than {FORMAT_VERSION}: upgrade lexical_sae to read it.")
 
@@ -131,6 +137,7 @@ class SparseSequence:
 
     def coo(self) -> NonZeros:
         "The open words of the N real positions."
+        self.model._refuse_senses('Reading every position')
         return streamed_nonzeros(self.rows, *self.model.decoder(), self.model.activation, self.model.inference_topk, self.model.open_dims())
 
     def dense(self) -> Tensor:                                           # [B,L,V]
@@ -147,8 +154,8 @@ class SparseSequence:
 
     def gate_probs(self) -> Tensor:                                      # [B,V]
         "L0 probability of every word of a text, of its loudest position."
-        z_max, _ = pooled_decode(self.h, *self.model.decoder(), self.keep, self.model.open_dims())
-        return self.model.activation.probability(z_max)
+        return self.model.activation.probability(self.model.classify(self).z_max) if self.model.senses is not None else \
+            self.model.activation.probability(pooled_decode(self.h, *self.model.decoder(), self.keep, self.model.open_dims())[0])
 
 # %% ../nbs/01a_model.ipynb #0ad8758f
 class LexicalSAE(PreTrainedModel):
@@ -158,7 +165,7 @@ class LexicalSAE(PreTrainedModel):
     main_input_name = 'input_ids'
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True   # the backbone decides
-    _keep_in_fp32_modules_strict = {'head', 'activation'}                # the identity is exact in float32, not in bfloat16
+    _keep_in_fp32_modules_strict = {'head', 'activation', 'senses'}              # the identity is exact in float32, not in bfloat16
     tokenizer: PreTrainedTokenizerBase|None = None
 
     def __init__(self, config: LexicalSAEConfig, backbone: PreTrainedModel|None = None):
@@ -167,8 +174,10 @@ class LexicalSAE(PreTrainedModel):
             backbone = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**config.backbone_config))
         self.backbone = lift(backbone)
         weight, _ = projection(backbone)
-        self.activation = make_gate(config.gate, len(weight), bandwidth=config.bandwidth)
-        self.head = ClassifierHead(len(weight), config.num_labels, config.classifier_hidden)
+        self.senses = SenseExpander(config.sense_words, *weight.shape, config.num_senses) if config.sense_words else None
+        V = len(weight) if self.senses is None else self.senses.total_dims
+        self.activation = make_gate(config.gate, V, bandwidth=config.bandwidth)
+        self.head = ClassifierHead(V, config.num_labels, config.classifier_hidden)
         self.query = nn.Parameter(torch.zeros(weight.shape[1])) if config.pooling == 'attention' else None
         self.topk = TopK(config.topk_per_position)
         self.register_buffer('logit_shift', torch.zeros(()))
@@ -181,11 +190,18 @@ class LexicalSAE(PreTrainedModel):
     @property
     def num_dims(self) -> int: return self.activation.log_theta.shape[0]  # V
     @property
+    def vocab_size(self) -> int: return len(projection(self.backbone)[0]) # rows of the vocabulary projection: V less the further senses
+    @property
+    def base_ids(self) -> Tensor:                                        # [V]
+        "The vocabulary entry behind each dimension: its own, except for further senses."
+        return torch.arange(self.num_dims, device=self.activation.allowed.device) if self.senses is None else self.senses.base_ids()
+    @property
     def inference_topk(self) -> int: return 0 if self.training else self.topk.k
     @property
     def words(self) -> list[str]:                                        # V display words
         "What each dimension is called."
-        return vocabulary_words(self._need_tokenizer(), self.num_dims)
+        words = vocabulary_words(self._need_tokenizer(), self.vocab_size)
+        return words if self.senses is None else self.senses.names(words)
 
     def decoder(self) -> tuple[Tensor, Tensor|None]:
         "Weight [V,D] and bias [V] of the vocabulary projection, the logit shift included."
@@ -194,8 +210,9 @@ class LexicalSAE(PreTrainedModel):
         return weight, bias + shift if bias is not None else shift.expand(len(weight))
 
     def open_dims(self) -> Tensor|None:                                  # [A]
-        "Ids of the dimensions that may open; None where all may."
-        return None if self.activation.allowed.all() else self.activation.allowed.nonzero()[:, 0]
+        "Ids of the vocabulary entries that may open; None where all may."
+        allowed = self.activation.allowed[:self.vocab_size]
+        return None if allowed.all() else allowed.nonzero()[:, 0]
 
     def _need_tokenizer(self):
         if self.tokenizer is None: raise ValueError("This model has no tokenizer: set model.tokenizer, or pass one to from_backbone.")
@@ -235,7 +252,18 @@ class LexicalSAE(PreTrainedModel):
             s, position = attention_decode(seq.h, weight, bias, self.attention(seq), self.activation, self.open_dims())
             return circuit_state(s, self.head, position)
         z_max, position = pooled_decode(seq.h, weight, bias, seq.keep, self.open_dims())   # [B,V] each
+        if self.senses is not None: return self._classify_senses(seq, z_max, position)
         return circuit_state(self.activation(z_max), self.head, position, z_max)
+
+    def _classify_senses(self, seq, z_max, position):
+        "The same with slots for the senses of some words."
+        ids = self.senses.word_ids
+        senses = self.senses(seq.h, _tile_logits(seq.h, *self.decoder(), ids, compute_dtype(seq.h)), seq.keep)
+        s, z = gate_senses(self.activation, z_max, senses, self.senses)
+        return circuit_state(s, self.head, spread_senses(position, self.senses, senses.position), z)
+
+    def _refuse_senses(self, what: str):
+        if self.senses is not None: raise NotImplementedError(f"{what} is not built for models with senses: they classify texts by max pooling.")
 
     def attention(self, seq: SparseSequence) -> Tensor:                  # [B,L]
         "Softmax of one learned query with h at the kept positions."
@@ -258,6 +286,7 @@ class LexicalSAE(PreTrainedModel):
 
     def tag(self, sequence: SparseSequence) -> Tensor:                   # [B,L,C]
         "Tag logits of every real position, streamed over the vocabulary; 0 at padding and special tokens."
+        self._refuse_senses('Tagging')
         weight, bias = self.decoder()
         if self.inference_topk: rows = self._from_nonzeros(sequence.coo())[0]
         else:
@@ -382,7 +411,7 @@ def restrict_vocabulary(self: LexicalSAE, vocabulary: str|list):
         self.activation.allowed.fill_(True)
         self.config.vocabulary = 'all'
         return
-    self.activation.allowed.copy_(vocabulary_mask(self.tokenizer, vocabulary, self.num_dims))
+    self.activation.allowed.copy_(vocabulary_mask(self.tokenizer, vocabulary, self.vocab_size)[self.base_ids.cpu()])
     self.config.vocabulary = vocabulary
 
 @patch
@@ -398,8 +427,9 @@ def start_threshold(self: LexicalSAE,
         self.activation.set_threshold(1. if number == 'auto' else number, 1.)
         return None
     self.logit_shift.zero_()
-    target = min(self.config.initial_words, .5*int(self.activation.allowed.sum()))
-    fitter, was_training = ThresholdFitter(*self.decoder(), self.activation.allowed, target), self.training
+    allowed = self.activation.allowed[:self.vocab_size]                    # further senses speak as loudly as their words
+    target = min(self.config.initial_words, .5*int(allowed.sum()))
+    fitter, was_training = ThresholdFitter(*self.decoder(), allowed, target), self.training
     self.eval()
     for i in range(0, len(texts), batch_size):
         batch = self.batch(texts[i:i + batch_size], max_length=128)

@@ -23,16 +23,18 @@ def main(params_file):
     try: pm.execute_notebook(str(notebook), str(out/notebook.name), parameters=params, kernel_name='python3', cwd=str(ROOT), progress_bar=False,
                              log_output=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
     except pm.PapermillExecutionError as e: sys.exit(f"The experiment failed: {e.ename}: {e.evalue}\nThe notebook up to the failing cell is {out/notebook.name}.")
-    summary(out)
+    summary(out, notebook)
 
-def summary(out):
-    "The lines that people look for."
+def summary(out, notebook):
+    "The lines that people look for; an experiment has those that it measured."
     from lexical_sae.results import read_results
     m = read_results(out)['metrics']
-    print(f"\nmodel      {out/'model'}\nresults    {out/'results.json'}\nnotebook   {out/'classification.ipynb'}")
-    print(f"accuracy {m['accuracy']:.4f}" + (f" (dense twin {m['dense']['accuracy']:.4f})" if m.get('dense') else ''))
-    print(f"mean active dimensions {m['active_dims']:.1f}")
-    print(f"worst identity error {m['identity_error']:.1e}")
-    print(f"report {(out/'report.html')}")
+    print()
+    if (out/'model').exists(): print(f"model      {out/'model'}")
+    print(f"results    {out/'results.json'}\nnotebook   {out/notebook.name}")
+    if 'accuracy' in m: print(f"accuracy {m['accuracy']:.4f}" + (f" (dense twin {m['dense']['accuracy']:.4f})" if m.get('dense') else ''))
+    if 'active_dims' in m: print(f"mean active dimensions {m['active_dims']:.1f}")
+    if 'identity_error' in m: print(f"worst identity error {m['identity_error']:.1e}")
+    if (out/'report.html').exists(): print(f"report {(out/'report.html')}")
 
 if __name__ == '__main__': main(*sys.argv[1:])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MATCHES', 'list_forms', 'select_dims', 'SuppressedModel', 'classified', 'without', 'RemovalEffect', 'EffectFitter',
-           'removal_effect', 'removal_curve', 'TopTokens', 'TopTokensFitter', 'get_top_tokens']
+           'removal_effect', 'removal_curve', 'TopTokens', 'TopTokensFitter', 'get_top_tokens', 'removal_candidates']
 
 # %% ../nbs/04_surgery.ipynb #f38a95bd
 import copy
@@ -283,10 +283,11 @@ class TopTokens:
         return self._frame(self.centroids[c], k, contribution=self.centroids[c], active=self.label_active[c])
 
     def words_of(self, group: str, k: int = 20) -> pd.DataFrame:
-        "Words through which being in a group speaks for the target class."
+        "Words that speak for the target class in a group's texts, ranked by how much more they do than outside."
         if group not in self.groups: raise ValueError(f"Unknown group '{group}': choose one of {', '.join(self.groups) or 'none (no groups were given)'}.")
         inside, outside, active, _ = self.groups[group]
-        return self._frame(inside - outside, k, difference=inside - outside, inside=inside, outside=outside, active=active)
+        score = torch.where(inside > 0, inside - outside, 0.)            # a polite word that the group lacks is no word of the group
+        return self._frame(score, k, difference=inside - outside, inside=inside, outside=outside, active=active)
 
 class TopTokensFitter:
     "Streams over circuit states and hands out `TopTokens`; memory is (classes + groups) times V."
@@ -296,13 +297,14 @@ class TopTokensFitter:
         zeros = lambda n: torch.zeros(n, V, dtype=torch.float64)
         self.by_label, self.label_open, self.by_group, self.group_open = zeros(len(self.labels)), zeros(len(self.labels)), zeros(len(self.names)), zeros(len(self.names))
         self.total, self.size, self.count = zeros(1)[0], zeros(1)[0], zeros(1)[0]
-        self.n_label, self.n_group, self.n = torch.zeros(len(self.labels)), torch.zeros(len(self.names)), 0
+        self.n_label, self.n_group, self.n, self.n_among = torch.zeros(len(self.labels)), torch.zeros(len(self.names)), 0, 0
 
     @torch.no_grad()
     def update(self,
         state: CircuitState,
         labels: Tensor,               # [B]
         member: Tensor|None = None,   # [B,G] bool
+        among: Tensor|None = None,    # [B] bool: texts that groups are compared on
     ):
         "Take in one batch."
         part = state.attribution(); part = (part - part.mean(1, keepdim=True)).double().cpu()             # [B,C,V]
@@ -310,16 +312,18 @@ class TopTokensFitter:
         own = nn.functional.one_hot(labels.cpu(), len(self.labels)).double()                          # [B,C]
         self.by_label += torch.einsum('bc,bcv->cv', own, part); self.label_open += own.T @ is_open; self.n_label += own.sum(0)
         toward = part[:, self.target]
-        self.total += toward.sum(0); self.size += toward.abs().sum(0); self.count += is_open.sum(0); self.n += len(labels)
+        self.size += toward.abs().sum(0); self.count += is_open.sum(0); self.n += len(labels)
+        keep = torch.ones(len(labels), dtype=torch.bool) if among is None else among.cpu()
+        self.total += toward[keep].sum(0); self.n_among += int(keep.sum())
         if member is not None:
-            m = member.double().cpu()
+            m = (member.cpu() & keep[:, None]).double()
             self.by_group += m.T @ toward; self.group_open += m.T @ is_open; self.n_group += m.sum(0)
 
     def fit(self) -> TopTokens:
         if not self.n: raise ValueError("No text was seen: call update() with at least one batch before fit().")
         if len(self.names) and (empty := [g for g, n in zip(self.names, self.n_group) if not n]): raise ValueError(
             f"Group '{empty[0]}' has no member among these texts: leave it out, or give more texts.")
-        groups = {g: (s/n, (self.total - s)/max(1, self.n - n), o/n, int(n)) for g, s, o, n in zip(self.names, self.by_group, self.group_open, self.n_group.tolist())}
+        groups = {g: (s/n, (self.total - s)/max(1, self.n_among - n), o/n, int(n)) for g, s, o, n in zip(self.names, self.by_group, self.group_open, self.n_group.tolist())}
         n = self.n_label[:, None].clamp(min=1)
         return TopTokens(self.words, self.labels, self.labels[self.target], self.by_label/n, self.label_open/n, groups, self.count, self.size/self.count.clamp(min=1))
 
@@ -338,6 +342,7 @@ def get_top_tokens(
     texts: Sequence[str],
     labels: Sequence[int]|None = None,       # None: the predicted classes
     groups: dict[str, Sequence[bool]]|None = None,  # name -> which texts belong to it
+    among: Sequence[bool]|None = None,       # compare groups on these texts alone, such as the clean ones; None: all
     target: str|int = -1,                    # class whose contributions the groups are compared by; default: the last
     spans: bool = False,                     # also for words of the input; explains every text
     **kwargs,                                # batch_size, max_length
@@ -347,9 +352,24 @@ def get_top_tokens(
     if target not in names and target not in range(-1, len(names)): raise ValueError(f"Unknown target '{target}': choose one of {', '.join(names)}.")
     c = names.index(target) if target in names else range(len(names))[target]
     fitter = TopTokensFitter(model, c, groups or ())
-    member = torch.tensor(np.array([list(m) for m in groups.values()]).T) if groups else None             # [n,G]
+    member = torch.tensor(np.array([list(m) for m in groups.values()], dtype=bool).T) if groups else None # [n,G]
+    chosen = None if among is None else torch.tensor(np.asarray(among, dtype=bool))
     for rows, _, state in classified(model, texts, desc='top tokens', **kwargs):
         y = state.logits.argmax(-1) if labels is None else torch.tensor([int(labels[i]) for i in rows])
-        fitter.update(state, y, None if member is None else member[rows])
+        fitter.update(state, y, None if member is None else member[rows], None if chosen is None else chosen[rows])
     found = fitter.fit()
     return found if not spans else TopTokens(**{**vars(found), 'spans': _span_table(model, texts, c)})
+
+# %% ../nbs/04_surgery.ipynb #af762cdd
+def removal_candidates(
+    top: TopTokens,   # with groups, compared among harmless texts
+    k: int = 40,
+) -> pd.DataFrame:    # word, id, group in which its excess is largest, excess, for_class, strongest first
+    "Words that speak for the target more through a group than through the class itself."
+    if not top.groups: raise ValueError("These words were counted without groups: pass groups to get_top_tokens.")
+    names, own = list(top.groups), top.centroids[top.labels.index(top.target)]
+    excess = torch.stack([torch.where(inside > 0, inside - outside, 0.) for inside, outside, _, _ in top.groups.values()])       # [G,V]
+    best, where = excess.max(0)
+    score = torch.where(best > own.clamp(min=0), best, 0.)
+    ids = [j for j in score.topk(min(k, len(score))).indices.tolist() if score[j] > 0]
+    return pd.DataFrame({'word': [top.words[j] for j in ids], 'id': ids, 'group': [names[where[j]] for j in ids], 'excess': score[ids].tolist(), 'for_class': own[ids].tolist()})

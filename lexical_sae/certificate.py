@@ -130,9 +130,10 @@ class Certificate:
         except (TypeError, json.JSONDecodeError) as e: raise ValueError(f"{Path(path).name} is not a certificate ({e}): use the file that Certificate.save wrote.") from e
 
     def __str__(self) -> str:
-        lines = [f"Removed: {', '.join(self.words)} ({len(self.ids)} dimensions), {self.created}", self.statement, f"Weights: SHA-256 {self.weights}"]
+        def some(words, n=30): return ', '.join(words[:n]) + (f' and {len(words) - n} more' if len(words) > n else '')
+        lines = [f"Removed: {some(self.words)} ({len(self.ids)} dimensions), {self.created}", self.statement, f"Weights: SHA-256 {self.weights}"]
         lines += [f"Tried: {c['attack']}: {c['inputs']} inputs, would have opened {c['would_open']} times, breaches {c['breaches']}" for c in self.challenges]
-        if self.kin: lines.append(f"Related entries that may still open: {', '.join(self.kin)}")
+        if self.kin: lines.append(f"Related entries that may still open: {some(self.kin)}")
         if self.effect: lines.append('Effect: ' + ', '.join(f'{k} {v:.4g}' for k, v in self.effect.items() if v is not None))
         return '\n'.join(lines)
 
@@ -143,6 +144,7 @@ def untie_decoder(model: LexicalSAE):
     if _inline_head(backbone) is not None: raise ValueError("This backbone multiplies with its input embeddings themselves: leave zero_rows off; the closed gate is enough.")
     layer = backbone.get_output_embeddings()
     layer.weight = nn.Parameter(layer.weight.detach().clone())
+    if layer.bias is not None: layer.bias = nn.Parameter(layer.bias.detach().clone())    # it too had a second name
     backbone.config.tie_word_embeddings = False
     model.config.backbone_config = {**model.config.backbone_config, 'tie_word_embeddings': False}
     for module in (model, backbone): module.all_tied_weights_keys = {}
@@ -156,13 +158,14 @@ def _zero_rows(model, ids, untie):
     if bias is not None: bias[ids] = 0.
 
 def _kin(model, ids) -> list[str]:
-    "Entries that contain a removed word and may still open."
+    "Entries that begin with a removed word (of four letters or more), or are a piece that spells it, and may still open."
     tokenizer = model.tokenizer
     if tokenizer is None: return []
     v = read_vocabulary(tokenizer)
-    names = {normalise_word(v.words[i]) for i in ids if i < len(v.words) and len(v.words[i]) > 2}
-    allowed = model.activation.allowed.tolist()
-    return [t for t, w, a, s in zip(v.tokens, v.words, allowed, v.special) if a and not s and any(n in normalise_word(w) for n in names)]
+    names = {normalise_word(v.words[i]) for i in ids if i < len(v.words)}
+    starts = tuple(n for n in names if len(n) >= 4)
+    def related(w): return w in names or w.startswith(starts)
+    return [t for t, w, a, s in zip(v.tokens, v.words, model.activation.allowed.tolist(), v.special) if a and not s and related(normalise_word(w))]
 
 def suppress_token_globally(
     model: LexicalSAE,                   # changed in place; not a view

@@ -87,7 +87,8 @@ class SuppressedModel:
     "A view on a model's own weights in which some words cannot open."
     def __new__(cls, model: LexicalSAE|None = None, *args, **kwargs):
         # the view is an instance of the model's class too, under its name: pipelines and saved configs look at it
-        if cls is SuppressedModel: cls = type(type(model).__name__, (SuppressedModel, type(model)), {'__module__': type(model).__module__})
+        if isinstance(model, SuppressedModel): cls = type(model)         # a view of a view
+        elif cls is SuppressedModel: cls = type(type(model).__name__, (SuppressedModel, type(model)), {'__module__': type(model).__module__})
         return object.__new__(cls)
 
     def __init__(self,

@@ -26,9 +26,9 @@ from .model import LexicalSAE
 from .surgery import classified
 
 # %% ../nbs/04a_bias.ipynb #28c7fe7a
-CIVIL_COMMENTS = ('male female transgender other_gender heterosexual homosexual_gay_or_lesbian bisexual other_sexual_orientation christian jewish muslim hindu buddhist atheist '
-                  'other_religion black white asian latino other_race_or_ethnicity physical_disability intellectual_or_learning_disability psychiatric_or_mental_illness '
-                  'other_disability').split()  # the 24 identity columns of the dataset
+CIVIL_COMMENTS = '''male female transgender other_gender heterosexual homosexual_gay_or_lesbian bisexual other_sexual_orientation
+    christian jewish muslim hindu buddhist atheist other_religion black white asian latino other_race_or_ethnicity
+    physical_disability intellectual_or_learning_disability psychiatric_or_mental_illness other_disability'''.split()  # the dataset's 24 columns
 
 @cache
 def identity_lexicon() -> dict:  # group -> {adjective, people, terms}
@@ -113,8 +113,8 @@ class BiasReport:
         def clean(x): return None if x is None or not np.isfinite(x) else float(x)
         summary = {k: clean(getattr(self, k)) for k in ('accuracy', 'fpr', 'fnr', 'mean_fpr_gap', 'signed_fpr_gap', 'mean_fnr_gap', 'equalised_odds_gap')}
         summary |= {f'{k}_{e}': clean(v) for k in ('mean_fpr_gap', 'mean_fnr_gap') for e, v in zip(('low', 'high'), getattr(self, f'{k}_interval'))}
-        return summary | {'groups': {g: {k: clean(row[k]) for k in ('n', 'clean', 'toxic', 'fpr', 'fnr', 'fpr_gap', 'fpr_gap_low', 'fpr_gap_high', 'subgroup_auc', 'bpsn_auc', 'bnsp_auc')}
-                                     for g, row in self.table.iterrows()}}
+        columns = 'n clean toxic fpr fnr fpr_gap fpr_gap_low fpr_gap_high subgroup_auc bpsn_auc bnsp_auc'.split()
+        return summary | {'groups': {g: {k: clean(row[k]) for k in columns} for g, row in self.table.iterrows()}}
 
     def plot(self, ax=None, label: str = '', color: str = '#2166ac', shift: float = 0.):
         "False positive rate of each group with enough texts, and of all texts."
@@ -133,8 +133,10 @@ def _auc(scores, labels, chosen):
 def _check(scores, labels, groups):
     "Scores and labels as arrays; one sentence for what cannot be measured."
     scores, labels = np.asarray(scores, dtype=float), np.asarray(labels).astype(bool)
-    if scores.ndim != 1 or scores.shape != labels.shape or not len(scores): raise ValueError(f"There must be one score and one label for each text: got shapes {scores.shape} and {labels.shape}.")
-    if labels.all() or not labels.any(): raise ValueError("All texts have the same label, so error rates by group cannot be measured: give texts of both classes.")
+    if scores.ndim != 1 or scores.shape != labels.shape or not len(scores): raise ValueError(
+        f"There must be one score and one label for each text: got shapes {scores.shape} and {labels.shape}.")
+    if labels.all() or not labels.any(): raise ValueError(
+        "All texts have the same label, so error rates by group cannot be measured: give texts of both classes.")
     if not groups: raise ValueError("No group was given: pass a dictionary of name -> booleans, such as groups_from_lexicon(texts).")
     for g, m in groups.items():
         if len(m) != len(labels): raise ValueError(f"Group '{g}' has {len(m)} entries for {len(labels)} texts: give one boolean for each text.")
@@ -164,14 +166,15 @@ def bias_report(
     G, note = len(groups), [', '.join(f'few {k} texts' for k, e in (('clean', a), ('toxic', b)) if not e) for a, b in enough.T]
     outside_toxic, outside_clean = ~member & labels[:, None], ~member & ~labels[:, None]
     auc = lambda keep: [_auc(scores, labels, keep[:, g]) for g in range(G)]
-    table = pd.DataFrame(dict(n=member.sum(0), clean=clean, toxic=toxic, fpr=rate[0, 0], fpr_gap=gap[0, 0], fpr_gap_low=low[:G], fpr_gap_high=high[:G], fnr=rate[1, 0], fnr_gap=gap[1, 0],
-                              fnr_gap_low=low[G:2*G], fnr_gap_high=high[G:2*G], subgroup_auc=auc(member), bpsn_auc=auc(member & ~labels[:, None] | outside_toxic),
-                              bnsp_auc=auc(member & labels[:, None] | outside_clean), note=note), index=list(groups))
+    columns = dict(n=member.sum(0), clean=clean, toxic=toxic, fpr=rate[0, 0], fpr_gap=gap[0, 0], fpr_gap_low=low[:G], fpr_gap_high=high[:G],
+                   fnr=rate[1, 0], fnr_gap=gap[1, 0], fnr_gap_low=low[G:2*G], fnr_gap_high=high[G:2*G], subgroup_auc=auc(member),
+                   bpsn_auc=auc(member & ~labels[:, None] | outside_toxic), bnsp_auc=auc(member & labels[:, None] | outside_clean), note=note)
     mean = [_mean_abs(gap[k, 0], enough[k]).item() if enough[k].any() else None for k in (0, 1)]
     both = np.abs(np.concatenate([gap[0, 0][enough[0]], gap[1, 0][enough[1]]]))
-    return BiasReport(table, (predicted == labels).mean().item(), predicted[~labels].mean().item(), (~predicted)[labels].mean().item(), mean[0], (low[2*G], high[2*G]),
-                      gap[0, 0][enough[0]].mean().item() if enough[0].any() else None, mean[1], (low[2*G + 1], high[2*G + 1]), both.max().item() if len(both) else None,
-                      minimum, predicted, labels, dict(groups))
+    signed = gap[0, 0][enough[0]].mean().item() if enough[0].any() else None
+    accuracy, fpr, fnr = (predicted == labels).mean().item(), predicted[~labels].mean().item(), (~predicted)[labels].mean().item()
+    return BiasReport(pd.DataFrame(columns, index=list(groups)), accuracy, fpr, fnr, mean[0], (low[2*G], high[2*G]), signed, mean[1],
+                      (low[2*G + 1], high[2*G + 1]), both.max().item() if len(both) else None, minimum, predicted, labels, dict(groups))
 
 # %% ../nbs/04a_bias.ipynb #1d3d7a43
 @dataclass(frozen=True)
@@ -194,8 +197,10 @@ def compare_bias(
     level: float = .95,
 ) -> BiasChange:
     "Paired bootstrap of the change of the mean gap."
-    if not np.array_equal(before.labels, after.labels) or list(before.groups) != list(after.groups): raise ValueError("The two reports are about different texts or groups: measure both models on the same test set.")
-    if before.mean_fpr_gap is None: raise ValueError(f"No group has {before.minimum} clean texts, so there is no mean gap to compare: give more texts, or lower the minimum.")
+    if not np.array_equal(before.labels, after.labels) or list(before.groups) != list(after.groups): raise ValueError(
+        "The two reports are about different texts or groups: measure both models on the same test set.")
+    if before.mean_fpr_gap is None: raise ValueError(
+        f"No group has {before.minimum} clean texts, so there is no mean gap to compare: give more texts, or lower the minimum.")
     member = np.stack([np.asarray(m, dtype=bool) for m in before.groups.values()], 1)
     tables, n, enough = [_tables(r.predicted, r.labels, member) for r in (before, after)], len(before.labels), (before.table.clean >= before.minimum).to_numpy()
     def statistic(index, axis=-1):
@@ -256,7 +261,8 @@ def identity_templates(
     for label, sentences in ((0, neutral or ours['neutral']), (1, hostile or ours['hostile'])):
         for template in sentences:
             fields = {f for _, f, _, _ in string.Formatter().parse(template) if f}
-            if not fields or fields - {'adjective', 'people'}: raise ValueError(f"The template {template!r} must hold {{adjective}} or {{people}}, and nothing else in braces.")
+            if not fields or fields - {'adjective', 'people'}: raise ValueError(
+                f"The template {template!r} must hold {{adjective}} or {{people}}, and nothing else in braces.")
             for group, entry in (lexicon or ours['groups']).items():
                 text = template.format(**{f: entry[f] for f in fields})
                 rows.append((text[0].upper() + text[1:], label, group, template))

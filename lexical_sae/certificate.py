@@ -92,8 +92,9 @@ def challenge(
     return found
 
 # %% ../nbs/04c_certificate.ipynb #34988860
-STATEMENT = ("For each dimension j listed here allowed[j] is False, and the gate is where(allowed[j] and z[j] > theta[j], z[j], 0). Its second branch is the constant 0.0 "
-             "and is taken whatever z[j] is. So s[j] = 0.0 for every input, at every position, in both heads. Nothing is said about other words that may carry the same meaning.")
+STATEMENT = ("For each dimension j listed here allowed[j] is False, and the gate is where(allowed[j] and z[j] > theta[j], z[j], 0). "
+             "Its second branch is the constant 0.0 and is taken whatever z[j] is. So s[j] = 0.0 for every input, at every position, in both heads. "
+             "Nothing is said about other words that may carry the same meaning.")
 
 def state_hash(model: nn.Module) -> str:  # 64 hexadecimal digits
     "SHA-256 of everything that a saved model holds: parameters and buffers, by name."
@@ -127,7 +128,8 @@ class Certificate:
     def load(cls, path: str|Path) -> 'Certificate':
         "Read a certificate; ValueError where it is damaged."
         try: return cls(**json.loads(Path(path).read_text(encoding='utf-8')))
-        except (TypeError, json.JSONDecodeError) as e: raise ValueError(f"{Path(path).name} is not a certificate ({e}): use the file that Certificate.save wrote.") from e
+        except (TypeError, json.JSONDecodeError) as e: raise ValueError(
+            f"{Path(path).name} is not a certificate ({e}): use the file that Certificate.save wrote.") from e
 
     def __str__(self) -> str:
         def some(words, n=30): return ', '.join(words[:n]) + (f' and {len(words) - n} more' if len(words) > n else '')
@@ -141,7 +143,8 @@ class Certificate:
 def untie_decoder(model: LexicalSAE):
     "Give the vocabulary projection a matrix of its own."
     backbone = model.backbone
-    if _inline_head(backbone) is not None: raise ValueError("This backbone multiplies with its input embeddings themselves: leave zero_rows off; the closed gate is enough.")
+    if _inline_head(backbone) is not None: raise ValueError(
+        "This backbone multiplies with its input embeddings themselves: leave zero_rows off; the closed gate is enough.")
     layer = backbone.get_output_embeddings()
     layer.weight = nn.Parameter(layer.weight.detach().clone())
     if layer.bias is not None: layer.bias = nn.Parameter(layer.bias.detach().clone())    # it too had a second name
@@ -205,10 +208,13 @@ def verify(
     "Check weights, gates and names, and challenge the model again."
     ids, problems = list(certificate.ids), []
     if not ids or max(ids) >= model.num_dims: return Verification(["The certificate names dimensions that this model does not have."], [])
-    if (now := state_hash(model)) != certificate.weights: problems.append(f"The weights are not those certified (SHA-256 {now[:12]}..., certified {certificate.weights[:12]}...).")
-    if not isinstance(model.activation, Gate) or type(model.activation).__name__ != certificate.gate: problems.append(f"The gate is a {type(model.activation).__name__}, certified was {certificate.gate}.")
+    if (now := state_hash(model)) != certificate.weights: problems.append(
+        f"The weights are not those certified (SHA-256 {now[:12]}..., certified {certificate.weights[:12]}...).")
+    if not isinstance(model.activation, Gate) or type(model.activation).__name__ != certificate.gate: problems.append(
+        f"The gate is a {type(model.activation).__name__}, certified was {certificate.gate}.")
     if is_open := [i for i in ids if model.activation.allowed[i]]: problems.append(f"{len(is_open)} of {len(ids)} dimensions may open again (ids {is_open[:5]}).")
-    if model.tokenizer is not None and [model.words[i] for i in ids] != list(certificate.words): problems.append("The names of the dimensions differ: this is another tokenizer.")
+    names = None if model.tokenizer is None else model.words
+    if names and [names[i] for i in ids] != list(certificate.words): problems.append("The names of the dimensions differ: this is another tokenizer.")
     found = challenge(model, ids, texts)
     if breaches := sum(c.breaches for c in found): problems.append(f"{breaches} values of closed dimensions were not zero.")
     return Verification(problems, found)

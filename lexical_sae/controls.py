@@ -143,7 +143,8 @@ class ConceptEraserFitter:
 
     def fit(self) -> ConceptEraser:
         if not self.texts: raise ValueError("No text was seen: call update() with at least one batch before fit().")
-        if self.method == 'quadratic' and (self.fitter.n < 2).any(): raise ValueError("The quadratic eraser needs at least two texts inside and outside the groups: give more texts.")
+        if self.method == 'quadratic' and (self.fitter.n < 2).any(): raise ValueError(
+            "The quadratic eraser needs at least two texts inside and outside the groups: give more texts.")
         return ConceptEraser(self.on, self.method, _as_float32(self.fitter.eraser), self.dims, self.covered, self.texts)
 
 def most_active(
@@ -166,7 +167,8 @@ def fit_leace_eraser(
 ) -> ConceptEraser:
     "Fit an eraser of group membership, streaming over texts."
     if not groups: raise ValueError("No group was given: there is nothing to erase.")
-    if empty := [g for g, m in groups.items() if not np.any(m)]: raise ValueError(f"Group '{empty[0]}' has no member among these texts: leave it out, or give more texts.")
+    if empty := [g for g, m in groups.items() if not np.any(m)]: raise ValueError(
+        f"Group '{empty[0]}' has no member among these texts: leave it out, or give more texts.")
     member, dims, covered = torch.tensor(np.stack(list(groups.values()), 1)), None, 1.
     if on == 'sparse':
         if top is None:
@@ -206,7 +208,8 @@ def leakage(
     names = [g for g in groups if g in groups_test and min(np.sum(groups[g]), np.sum(groups_test[g])) >= minimum]
     if not names: raise ValueError(f"No group has {minimum} members among the texts to learn from and those to test on: give more texts.")
     z, zt = (np.stack([np.asarray(g[n], dtype=int) for n in names], 1) for g in (groups, groups_test))    # [n,G], [m,G]
-    linear = [_auc_of(make_pipeline(MaxAbsScaler(), LogisticRegression(solver='liblinear', class_weight='balanced')), x, z[:, k], x_test, zt[:, k])[0] for k in range(len(names))]
+    logistic = lambda: make_pipeline(MaxAbsScaler(), LogisticRegression(solver='liblinear', class_weight='balanced'))
+    linear = [_auc_of(logistic(), x, z[:, k], x_test, zt[:, k])[0] for k in range(len(names))]
     network = make_pipeline(MaxAbsScaler(), MLPClassifier((hidden,), max_iter=40, batch_size=64, learning_rate_init=3e-3, random_state=seed))
     nonlinear = _auc_of(network, x, z if len(names) > 1 else z[:, 0], x_test, zt)
     return Leakage(float(np.mean(linear)), float(np.mean(nonlinear)), len(names))
@@ -247,8 +250,8 @@ def run_conditions(
     return {k: ConditionRun(logits[k], sparse.vstack(parts[k]).tocsr()[back], active[k]/n, worst[k]) for k in conditions}
 
 # %% ../nbs/04b_controls.ipynb #8fee6db6
-SHOWN = {'accuracy': 'accuracy', 'mean_fpr_gap': 'mean FPR gap', 'gap_reduction': 'gap reduced by', 'mean_fnr_gap': 'mean FNR gap', 'leak_words_linear': 'group from words',
-         'leak_logits_linear': 'group from logits', 'active_dims': 'non-zero'}
+SHOWN = {'accuracy': 'accuracy', 'mean_fpr_gap': 'mean FPR gap', 'gap_reduction': 'gap reduced by', 'mean_fnr_gap': 'mean FNR gap',
+         'leak_words_linear': 'group from words', 'leak_logits_linear': 'group from logits', 'active_dims': 'non-zero'}
 
 def conditions_table(
     results: Sequence[dict],   # of `read_results`: runs of one experiment with different seeds

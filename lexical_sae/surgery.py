@@ -193,7 +193,8 @@ class EffectFitter:
         steps: Sequence[Sequence[int]],  # ids removed at each step, in order; the steps add up
     ):
         self.model, self.steps = model, [list(s) for s in steps]
-        self.sum = [dict.fromkeys(('texts', 'affected', 'predicted', 'actual', 'gap', 'units', 'flips', 'labelled', 'right', 'before', 'left'), 0.) for _ in self.steps]
+        keys = 'texts affected predicted actual gap units flips labelled right before left'.split()
+        self.sum = [dict.fromkeys(keys, 0.) for _ in self.steps]
         self.worst = [0.]*len(self.steps)
 
     @torch.no_grad()
@@ -208,8 +209,10 @@ class EffectFitter:
     def _add(self, k, state, after, predicted, affected, labels):
         s, actual = self.sum[k], after.logits - state.logits
         gap, old, new = (actual - predicted).abs(), state.logits.argmax(-1), after.logits.argmax(-1)
-        for name, x in dict(texts=len(old), affected=affected.sum(), predicted=predicted.abs().mean(1).sum(), actual=actual.abs().mean(1).sum(), gap=gap.mean(1).sum(),
-                            units=0 if state.units is None else (state.units != after.units).sum(), flips=(old != new).sum(), left=after.num_active.sum()).items(): s[name] += float(x)
+        values = dict(texts=len(old), affected=affected.sum(), predicted=predicted.abs().mean(1).sum(), actual=actual.abs().mean(1).sum(),
+                      gap=gap.mean(1).sum(), units=0 if state.units is None else (state.units != after.units).sum(),
+                      flips=(old != new).sum(), left=after.num_active.sum())
+        for name, x in values.items(): s[name] += float(x)
         self.worst[k] = max(self.worst[k], gap.max().item())
         if labels is not None:
             labels = labels.to(old.device)
@@ -229,7 +232,8 @@ class EffectFitter:
     def _one(self, k):
         s, n = self.sum[k], self.sum[k]['texts']
         rate = lambda key: s[key]/s['labelled'] if s['labelled'] else None
-        return RemovalEffect(sum(map(len, self.steps[:k + 1])), int(n), int(s['affected']), s['predicted']/n, s['actual']/n, s['gap']/n, self.worst[k], s['units']/n, int(s['flips']), rate('before'), rate('right'))
+        return RemovalEffect(sum(map(len, self.steps[:k + 1])), int(n), int(s['affected']), s['predicted']/n, s['actual']/n, s['gap']/n,
+                             self.worst[k], s['units']/n, int(s['flips']), rate('before'), rate('right'))
 
 def removal_effect(
     model: LexicalSAE,
@@ -296,7 +300,8 @@ class TopTokensFitter:
         V, self.labels, self.target, self.names = model.num_dims, list(model.config.id2label.values()), target, list(groups)
         self.words = model.words if model.tokenizer is not None else [str(i) for i in range(V)]
         zeros = lambda n: torch.zeros(n, V, dtype=torch.float64)
-        self.by_label, self.label_open, self.by_group, self.group_open = zeros(len(self.labels)), zeros(len(self.labels)), zeros(len(self.names)), zeros(len(self.names))
+        self.by_label, self.label_open = zeros(len(self.labels)), zeros(len(self.labels))
+        self.by_group, self.group_open = zeros(len(self.names)), zeros(len(self.names))
         self.total, self.size, self.count = zeros(1)[0], zeros(1)[0], zeros(1)[0]
         self.n_label, self.n_group, self.n, self.n_among = torch.zeros(len(self.labels)), torch.zeros(len(self.names)), 0, 0
 
@@ -324,9 +329,11 @@ class TopTokensFitter:
         if not self.n: raise ValueError("No text was seen: call update() with at least one batch before fit().")
         if len(self.names) and (empty := [g for g, n in zip(self.names, self.n_group) if not n]): raise ValueError(
             f"Group '{empty[0]}' has no member among these texts: leave it out, or give more texts.")
-        groups = {g: (s/n, (self.total - s)/max(1, self.n_among - n), o/n, int(n)) for g, s, o, n in zip(self.names, self.by_group, self.group_open, self.n_group.tolist())}
+        sums = zip(self.names, self.by_group, self.group_open, self.n_group.tolist())
+        groups = {g: (s/n, (self.total - s)/max(1, self.n_among - n), o/n, int(n)) for g, s, o, n in sums}
         n = self.n_label[:, None].clamp(min=1)
-        return TopTokens(self.words, self.labels, self.labels[self.target], self.by_label/n, self.label_open/n, groups, self.count, self.size/self.count.clamp(min=1))
+        return TopTokens(self.words, self.labels, self.labels[self.target], self.by_label/n, self.label_open/n, groups, self.count,
+                         self.size/self.count.clamp(min=1))
 
 def _span_table(model, texts, target):
     "What was said at each word of the input."
@@ -373,4 +380,5 @@ def removal_candidates(
     best, where = excess.max(0)
     score = torch.where(best > own.clamp(min=0), best, 0.)
     ids = [j for j in score.topk(min(k, len(score))).indices.tolist() if score[j] > 0]
-    return pd.DataFrame({'word': [top.words[j] for j in ids], 'id': ids, 'group': [names[where[j]] for j in ids], 'excess': score[ids].tolist(), 'for_class': own[ids].tolist()})
+    return pd.DataFrame({'word': [top.words[j] for j in ids], 'id': ids, 'group': [names[where[j]] for j in ids], 'excess': score[ids].tolist(),
+                         'for_class': own[ids].tolist()})

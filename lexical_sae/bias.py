@@ -108,10 +108,16 @@ class BiasReport:
     labels: np.ndarray = field(repr=False)     # [n] bool
     groups: dict = field(repr=False)
 
+    @property
+    def mean_bpsn_auc(self) -> float|None:
+        "Mean BPSN AUC over groups with enough clean texts: as the FPR gap, but of the ranking, whatever the threshold."
+        values = self.table.bpsn_auc[self.table.clean >= self.minimum].dropna()
+        return float(values.mean()) if len(values) else None
+
     def to_dict(self) -> dict:
         "For results.json: the summary, and the rates of each group."
         def clean(x): return None if x is None or not np.isfinite(x) else float(x)
-        summary = {k: clean(getattr(self, k)) for k in ('accuracy', 'fpr', 'fnr', 'mean_fpr_gap', 'signed_fpr_gap', 'mean_fnr_gap', 'equalised_odds_gap')}
+        summary = {k: clean(getattr(self, k)) for k in 'accuracy fpr fnr mean_fpr_gap signed_fpr_gap mean_fnr_gap equalised_odds_gap mean_bpsn_auc'.split()}
         summary |= {f'{k}_{e}': clean(v) for k in ('mean_fpr_gap', 'mean_fnr_gap') for e, v in zip(('low', 'high'), getattr(self, f'{k}_interval'))}
         columns = 'n clean toxic fpr fnr fpr_gap fpr_gap_low fpr_gap_high subgroup_auc bpsn_auc bnsp_auc'.split()
         return summary | {'groups': {g: {k: clean(row[k]) for k in columns} for g, row in self.table.iterrows()}}

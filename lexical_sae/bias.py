@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CIVIL_COMMENTS', 'identity_lexicon', 'groups_from_lexicon', 'groups_from_columns', 'groups_from_targets',
-           'BiasReport', 'bias_report', 'BiasChange', 'compare_bias', 'positive_id', 'predicted_scores',
+           'chance_gap', 'BiasReport', 'bias_report', 'BiasChange', 'compare_bias', 'positive_id', 'predicted_scores',
            'evaluate_bias', 'identity_templates', 'template_bias']
 
 # %% ../nbs/04a_bias.ipynb #a6a34de8
@@ -19,7 +19,7 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 import yaml
-from scipy.stats import DegenerateDataWarning, bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap, hypergeom
 from sklearn.metrics import roc_auc_score
 
 from .model import LexicalSAE
@@ -90,6 +90,20 @@ def _interval(statistic, n, resamples, seed, level):
     return found.confidence_interval.low, found.confidence_interval.high
 
 # %% ../nbs/04a_bias.ipynb #21329f48
+def chance_gap(
+    sizes: Sequence[int],  # clean texts of each group
+    flagged: int,          # clean texts that are flagged, in all
+    total: int,            # clean texts in all
+) -> float:                # expected mean |FPR gap|
+    "The mean gap of false alarms that fall at random."
+    gaps = []
+    for n in map(int, sizes):
+        if not 0 < n < total: continue                                   # nobody inside or nobody outside: no gap
+        x = np.arange(max(0, n + flagged - total), min(n, flagged) + 1)
+        gaps.append((hypergeom.pmf(x, total, flagged, n)*np.abs(x/n - (flagged - x)/(total - n))).sum())
+    return float(np.mean(gaps)) if gaps else 0.
+
+# %% ../nbs/04a_bias.ipynb #7e70bedf
 @dataclass(frozen=True)
 class BiasReport:
     "Error rates and rankings by group."
@@ -109,6 +123,12 @@ class BiasReport:
     groups: dict = field(repr=False)
 
     @property
+    def chance_fpr_gap(self) -> float:
+        "The mean FPR gap to be expected of a fair model with as many false alarms."
+        clean = ~self.labels
+        return chance_gap(self.table.clean[self.table.clean >= self.minimum], int((self.predicted & clean).sum()), int(clean.sum()))
+
+    @property
     def mean_bpsn_auc(self) -> float|None:
         "Mean BPSN AUC over groups with enough clean texts: as the FPR gap, but of the ranking, whatever the threshold."
         values = self.table.bpsn_auc[self.table.clean >= self.minimum].dropna()
@@ -117,7 +137,7 @@ class BiasReport:
     def to_dict(self) -> dict:
         "For results.json: the summary, and the rates of each group."
         def clean(x): return None if x is None or not np.isfinite(x) else float(x)
-        summary = {k: clean(getattr(self, k)) for k in 'accuracy fpr fnr mean_fpr_gap signed_fpr_gap mean_fnr_gap equalised_odds_gap mean_bpsn_auc'.split()}
+        summary = {k: clean(getattr(self, k)) for k in 'accuracy fpr fnr mean_fpr_gap signed_fpr_gap mean_fnr_gap equalised_odds_gap mean_bpsn_auc chance_fpr_gap'.split()}
         summary |= {f'{k}_{e}': clean(v) for k in ('mean_fpr_gap', 'mean_fnr_gap') for e, v in zip(('low', 'high'), getattr(self, f'{k}_interval'))}
         columns = 'n clean toxic fpr fnr fpr_gap fpr_gap_low fpr_gap_high subgroup_auc bpsn_auc bnsp_auc'.split()
         return summary | {'groups': {g: {k: clean(row[k]) for k in columns} for g, row in self.table.iterrows()}}

@@ -250,7 +250,7 @@ def run_conditions(
     return {k: ConditionRun(logits[k], sparse.vstack(parts[k]).tocsr()[back], active[k]/n, worst[k]) for k in conditions}
 
 # %% ../nbs/04b_controls.ipynb #8fee6db6
-SHOWN = {'accuracy': 'accuracy', 'mean_fpr_gap': 'mean FPR gap', 'gap_reduction': 'gap reduced by', 'mean_fnr_gap': 'mean FNR gap',
+SHOWN = {'accuracy': 'accuracy', 'mean_fpr_gap': 'mean FPR gap', 'chance_fpr_gap': 'by chance', 'gap_reduction': 'gap reduced by', 'mean_fnr_gap': 'mean FNR gap',
          'mean_bpsn_auc': 'BPSN AUC', 'template_fpr_gap': 'FPR gap, templates',
          'leak_words_linear': 'group from words', 'leak_logits_linear': 'group from logits', 'active_dims': 'non-zero'}
 

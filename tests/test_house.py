@@ -75,7 +75,7 @@ def test_wheel_works_in_an_empty_environment(tmp_path):
     venv.create(tmp_path/'env', with_pip=True)
     python = tmp_path/'env/bin/python'
     subprocess.run([python, '-m', 'pip', 'install', '-q', '-c', ROOT/'constraints.txt', wheel], check=True)
-    code = 'import lexical_sae, lexical_sae.model as m; print(len(m.sample_sentences()), lexical_sae.__file__)'
+    code = 'import lexical_sae, lexical_sae.model as m, lexical_sae.bias as b; assert b.identity_lexicon(); print(len(m.sample_sentences()), lexical_sae.__file__)'
     out = subprocess.run([python, '-c', code], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert out.startswith('64 ') and str(tmp_path/'env') in out
 

@@ -5,20 +5,15 @@
 # %% auto #0
 __all__ = ['padded_rows', 'circuit_logits', 'masked_logits', 'tag_completeness_loss', 'tag_sparsity_loss', 'tag_anchor_loss',
            'TaggingTrainer', 'start_at_prior', 'tagging_tokenizer', 'check_sentences', 'WordBatch', 'word_batches',
-           'tag_batches', 'TagPredictions', 'PredictionCollector', 'predict_tags', 'DenseTagger', 'predict_dense_tags',
-           'EntityScores', 'check_tags', 'entity_scores', 'spans', 'entity_counts', 'paired_f1', 'entity_errors',
-           'Calibration', 'tag_calibration']
+           'tag_batches', 'PredictionCollector', 'predict_tags', 'DenseTagger', 'predict_dense_tags']
 
 # %% ../nbs/03_ner.ipynb #d869acfc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
-from seqeval.metrics import classification_report
-from seqeval.scheme import IOB2
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, DataCollatorForTokenClassification, PreTrainedTokenizerBase
@@ -27,10 +22,9 @@ from transformers.utils import ModelOutput
 from .activation import Gate
 from .dense import DenseClassifier
 from .dla import TagCircuitState, circuit_mask
-from .grounding import projection
-from .model import LexicalSAE, LexicalSAEForTokenClassification, check_labels
+from .entities import TagPredictions
+from .model import LexicalSAE, LexicalSAEForTokenClassification, check_labels, projection
 from .pairs import gather_sum, pair_dots
-from .results import PairedDifference
 from .train import LexicalTrainer
 
 # %% ../nbs/03_ner.ipynb #19d44b21
@@ -186,12 +180,6 @@ def tag_batches(
         yield batch, model.tag_state(model.encode(**batch.encoding).with_mask(batch.first))
     model.train(was_training)
 
-@dataclass
-class TagPredictions:
-    "Tags of sentences, word by word."
-    tags: list            # per sentence a list of tag names
-    probability: list     # per sentence a list of the probabilities of these tags
-
 class PredictionCollector:
     "Gathers logits batch by batch and hands out `TagPredictions`."
     def __init__(self, sentences: list[list[str]], names: dict|list):
@@ -235,108 +223,3 @@ def predict_dense_tags(model: DenseTagger, tokenizer: PreTrainedTokenizerBase, s
     for batch in word_batches(tokenizer, sentences, limit, batch_size, model.head.weight.device):
         collector.update(batch, model(**batch.encoding).logits[batch.first])
     return collector.fit()
-
-# %% ../nbs/03_ner.ipynb #ab3dfda7
-@dataclass(frozen=True)
-class EntityScores:
-    "How well entities are found."
-    entity_f1: float         # micro, strict
-    entity_precision: float
-    entity_recall: float
-    tag_accuracy: float      # share of words with the right tag
-    per_entity: dict         # type -> precision, recall, f1, support
-
-    def to_dict(self) -> dict: return vars(self)
-    def to_frame(self) -> pd.DataFrame: return pd.DataFrame(self.per_entity).T
-
-def check_tags(gold: list[list[str]], predicted: list[list[str]]):
-    "Refuse sequences that cannot be compared, and tags that are not BIO2."
-    if len(gold) != len(predicted) or not gold:
-        raise ValueError(f"There are {len(gold)} labelled and {len(predicted)} predicted sentences: pass the same sentences, at least one.")
-    for i, (g, p) in enumerate(zip(gold, predicted)):
-        if len(g) != len(p): raise ValueError(f"Sentence {i} has {len(g)} tags and {len(p)} predictions: one for each word is needed.")
-        for t in (*g, *p):
-            if t != 'O' and t[:2] not in ('B-', 'I-'): raise ValueError(f"Tag '{t}' of sentence {i} is not BIO2: use O, B-TYPE and I-TYPE (readers.to_bio2 converts).")
-
-def entity_scores(gold: list[list[str]], predicted: list[list[str]]) -> EntityScores:
-    "Precision, recall and F1 of whole entities, and the accuracy of tags."
-    check_tags(gold, predicted)
-    report = classification_report(gold, predicted, output_dict=True, mode='strict', scheme=IOB2, zero_division=0)
-    pick = lambda r: dict(precision=float(r['precision']), recall=float(r['recall']), f1=float(r['f1-score']), support=int(r['support']))
-    micro = pick(report['micro avg'])
-    right = [g == p for a, b in zip(gold, predicted) for g, p in zip(a, b)]
-    return EntityScores(micro['f1'], micro['precision'], micro['recall'], float(np.mean(right)), {k: pick(r) for k, r in report.items() if not k.endswith(' avg')})
-
-def spans(tags: list[str]) -> list[tuple[str, int, int]]:  # (type, first word, one past the last)
-    "The entities of one BIO2 sentence; an `I-` that continues nothing is none."
-    found, kind, start = [], None, 0
-    for i, tag in enumerate([*tags, 'O']):
-        if kind is not None and tag != f'I-{kind}': found.append((kind, start, i)); kind = None
-        if tag[:2] == 'B-': kind, start = tag[2:], i
-    return found
-
-# %% ../nbs/03_ner.ipynb #6feefca2
-def entity_counts(gold: list[list[str]], predicted: list[list[str]]) -> np.ndarray:   # [n,3]
-    "Right, predicted and labelled entities of each sentence."
-    sets = [(set(spans(g)), set(spans(p))) for g, p in zip(gold, predicted)]
-    return np.array([[len(g & p), len(p), len(g)] for g, p in sets])
-
-def _f1(counts): return 2*counts[..., 0]/np.maximum(1, counts[..., 1] + counts[..., 2])
-
-def paired_f1(
-    gold: list[list[str]],
-    first: list[list[str]],    # tags of one model
-    second: list[list[str]],   # and of the other
-    n: int = 2000,             # resamples
-    seed: int = 0,
-    level: float = .95,
-) -> PairedDifference:
-    "Bootstrap interval of the difference of two entity F1, resampling sentences."
-    a, b = entity_counts(gold, first), entity_counts(gold, second)
-    rng = np.random.default_rng(seed)
-    weights = (rng.multinomial(len(a), np.full(len(a), 1/len(a))) for _ in range(n))
-    gaps = np.array([_f1(w @ a) - _f1(w @ b) for w in weights])
-    low, high = np.quantile(gaps, [(1 - level)/2, (1 + level)/2])
-    return PairedDifference(float(_f1(a.sum(0)) - _f1(b.sum(0))), float(low), float(high), level, len(a))
-
-# %% ../nbs/03_ner.ipynb #373d7159
-def entity_errors(
-    sentences: list[list[str]],
-    gold: list[list[str]],
-    predicted: list[list[str]],
-) -> pd.DataFrame:   # kind, sentence, labelled, predicted, text
-    "The error sheet: boundary, type, boundary and type, missed, spurious."
-    check_tags(gold, predicted)
-    rows = []
-    for s, (words, g, p) in enumerate(zip(sentences, gold, predicted)):
-        own, theirs = spans(g), spans(p)
-        wrong, used = [e for e in own if e not in theirs], set()
-        for e in wrong:
-            met = next((f for f in theirs if f not in own and f not in used and f[1] < e[2] and e[1] < f[2]), None)
-            used.add(met)
-            kind = 'missed' if met is None else 'type' if met[1:] == e[1:] else 'boundary' if met[0] == e[0] else 'boundary and type'
-            rows.append((kind, s, _show(words, e), _show(words, met), ' '.join(words)))
-        rows += [('spurious', s, '', _show(words, f), ' '.join(words)) for f in theirs if f not in own and f not in used]
-    return pd.DataFrame(rows, columns=['kind', 'sentence', 'labelled', 'predicted', 'text'])
-
-def _show(words, entity): return '' if entity is None else f"{' '.join(words[entity[1]:entity[2]])} [{entity[0]}]"
-
-# %% ../nbs/03_ner.ipynb #db7f5d07
-@dataclass(frozen=True)
-class Calibration:
-    "Confidence against accuracy of tags."
-    error: float           # expected calibration error
-    table: pd.DataFrame    # per bin: words, confidence, accuracy
-
-def tag_calibration(
-    gold: list[list[str]],
-    predicted: TagPredictions,
-    entities_only: bool = False,   # leave out words that are O in both
-    bins: int = 10,
-) -> Calibration:
-    "Expected calibration error over words."
-    found = [(p, g == t) for a, b, c in zip(gold, predicted.tags, predicted.probability) for g, t, p in zip(a, b, c) if not entities_only or (g, t) != ('O', 'O')]
-    frame = pd.DataFrame(found, columns=['confidence', 'accuracy']).astype(float)
-    grouped = frame.groupby((frame.confidence*bins).clip(upper=bins - 1).astype(int))
-    table = grouped.mean().assign(words=grouped.size()).rename_axis('bin')
-    return Calibration(float(((table.confidence - table.accuracy).abs()*table.words).sum()/max(1, len(frame))), table)

@@ -23,14 +23,15 @@ def main(params_file):
     try: pm.execute_notebook(str(notebook), str(out/notebook.name), parameters=params, kernel_name='python3', cwd=str(ROOT), progress_bar=False,
                              log_output=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
     except pm.PapermillExecutionError as e: sys.exit(f"The experiment failed: {e.ename}: {e.evalue}\nThe notebook up to the failing cell is {out/notebook.name}.")
-    summary(out)
+    summary(out, notebook.name)
 
-def summary(out):
+def summary(out, notebook):
     "The lines that people look for."
     from lexical_sae.results import read_results
     m = read_results(out)['metrics']
-    print(f"\nmodel      {out/'model'}\nresults    {out/'results.json'}\nnotebook   {out/'classification.ipynb'}")
-    print(f"accuracy {m['accuracy']:.4f}" + (f" (dense twin {m['dense']['accuracy']:.4f})" if m.get('dense') else ''))
+    print(f"\nmodel      {out/'model'}\nresults    {out/'results.json'}\nnotebook   {out/notebook}")
+    score = 'entity_f1' if 'entity_f1' in m else 'accuracy'
+    print(f"{score} {m[score]:.4f}" + (f" (dense twin {m['dense'][score]:.4f})" if m.get('dense') else ''))
     print(f"mean active dimensions {m['active_dims']:.1f}")
     print(f"worst identity error {m['identity_error']:.1e}")
     print(f"report {(out/'report.html')}")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .decode import NonZeros
+from .pairs import GatedPairs, pair_dots
 
 # %% ../nbs/01_dla_identity.ipynb #bdafb5ff
 class ClassifierHead(nn.Module):
@@ -268,6 +269,7 @@ class TagCircuitState:
     index: Tensor                   # [N,2] (text, position) of each row
     head: ClassifierHead = field(repr=False)
     units: Tensor|None = field(default=None, repr=False)  # [N,H] bool
+    pairs: GatedPairs|None = field(default=None, repr=False)  # `active` and the closed words near their threshold, for training
 
     @property
     def sparse_vector(self) -> Tensor: return self.active.to_sparse()    # [N,V] sparse
@@ -276,18 +278,19 @@ class TagCircuitState:
     @property
     def num_active(self) -> Tensor: return torch.bincount(self.active.row, minlength=len(self.logits))  # [N]
 
+    def scattered(self, shape: tuple[int, int]) -> Tensor:               # [B,L,C]
+        "Logits at their (text, position); 0 elsewhere."
+        return self.logits.new_zeros(*shape, self.logits.shape[-1]).index_put(tuple(self.index.T), self.logits)
+
     def attribution(self, classes: int|Tensor, against: int|Tensor|None = None) -> Tensor:     # [n]
         "Parts at the non-zeros `active`: of one class, or of a class per row [N]."
         rows = class_rows(self.head, classes, against)                   # [X] or [N,X]
-        row, dim, value = self.active.row, self.active.dim, self.active.value
-        return torch.cat([value[i:i+_PAIRS]*self._weight(rows, row[i:i+_PAIRS], dim[i:i+_PAIRS])
-                          for i in range(0, max(1, len(row)), _PAIRS)])
+        return self.active.value*self._weight(rows, self.active.row, self.active.dim)
 
     def _weight(self, rows, row, dim):
         "W_eff at pairs (row, word); [n]."
-        mine = rows if rows.ndim == 1 else rows[row]
-        if not self.head.hidden: return mine[dim] if rows.ndim == 1 else mine.gather(1, dim[:, None])[:, 0]
-        return (mine*self.units[row]*word_columns(self.head.fc1, dim).T).sum(-1)
+        if not self.head.hidden: return rows[dim] if rows.ndim == 1 else rows[row, dim]
+        return pair_dots(rows*self.units, self.head.fc1.weight.T.contiguous(), row, dim)
 
     @torch.no_grad()
     def identity_gap(self) -> Tensor:                                    # [N,C]
@@ -298,8 +301,6 @@ class TagCircuitState:
             total, size = zero.index_add(0, self.active.row, part), zero.index_add(0, self.active.row, part.abs())
             gaps.append((self.logits[:, c] - total - self.b_eff[:, c]).abs()/size.clamp(min=1))
         return torch.stack(gaps, 1)
-
-_PAIRS = 2**16  # (row, word) pairs at a time: bounds the temporary [pairs,H]
 
 # %% ../nbs/01_dla_identity.ipynb #01263389
 @dataclass(frozen=True)

@@ -31,8 +31,9 @@ from transformers.utils import ModelOutput
 
 from .activation import TopK, make_gate
 from .decode import (NonZeros, Threshold, ThresholdFitter, _tile_logits, attention_decode, compute_dtype, pooled_decode,
-                                streamed_linear, streamed_nonzeros)
+                                streamed_nonzeros)
 from .dla import CircuitState, ClassifierHead, TagCircuitState, circuit_state
+from .pairs import GatedPairs, streamed_pairs
 from .senses import SenseExpander, gate_senses, spread_senses
 from .words import vocabulary_mask, vocabulary_words
 
@@ -139,6 +140,13 @@ class SparseSequence:
         "The open words of the N real positions."
         self.model._refuse_senses('Reading every position')
         return streamed_nonzeros(self.rows, *self.model.decoder(), self.model.activation, self.model.inference_topk, self.model.open_dims())
+
+    def pairs(self) -> GatedPairs:
+        "The words of the N real positions that are open or near their threshold, with gradients."
+        if self.model.inference_topk:
+            nz = self.coo()
+            return GatedPairs(nz.row, nz.dim, nz.value, nz.value, nz.shape)
+        return streamed_pairs(self.rows, *self.model.decoder(), self.model.activation, self.model.open_dims())
 
     def dense(self) -> Tensor:                                           # [B,L,V]
         "The whole tensor of gated words; for looking at small inputs."
@@ -286,27 +294,16 @@ class LexicalSAE(PreTrainedModel):
 
     def tag(self, sequence: SparseSequence) -> Tensor:                   # [B,L,C]
         "Tag logits of every real position, streamed over the vocabulary; 0 at padding and special tokens."
-        self._refuse_senses('Tagging')
-        weight, bias = self.decoder()
-        if self.inference_topk: rows = self._from_nonzeros(sequence.coo())[0]
-        else:
-            fc = self.head.fc1 or self.head.fc2
-            u = streamed_linear(sequence.rows, weight, bias, self.activation, fc.weight, fc.bias, self.open_dims())
-            with torch.autocast(u.device.type, enabled=False): rows = self.head.from_hidden(u)
-        return rows.new_zeros(*sequence.keep.shape, rows.shape[-1]).index_put(tuple(sequence.index.T), rows)
+        return self.tag_state(sequence).scattered(sequence.keep.shape)
 
     def tag_state(self, sequence: SparseSequence) -> TagCircuitState:
         "Tags of the N real positions with everything needed to explain them exactly."
-        active = sequence.coo()
-        logits, units = self._from_nonzeros(active)
-        if not self.inference_topk: logits = self.tag(sequence)[sequence.keep]
-        return TagCircuitState(logits, active, sequence.index, self.head, units)
-
-    def _from_nonzeros(self, active):
-        "Head on coordinates: logits [N,C] and open units [N,H]."
-        fc = self.head.fc1 or self.head.fc2
-        u = torch.sparse.mm(active.to_sparse(), fc.weight.T) + fc.bias
-        return self.head.from_hidden(u), (u > 0 if self.head.hidden else None)
+        self._refuse_senses('Tagging')
+        pairs, fc = sequence.pairs(), self.head.words
+        with torch.autocast(sequence.h.device.type, enabled=False):      # the head stays in float32
+            u = pairs.linear(fc.weight, fc.bias)                         # [N,H]
+            units = u > 0 if self.head.hidden else None
+            return TagCircuitState(self.head.from_hidden(u), pairs.opened(), sequence.index, self.head, units, pairs)
 
     def resize_token_embeddings(self, *args, **kwargs):
         raise NotImplementedError("The vocabulary is the feature space: its size cannot change. Resize and train the language model first.")
@@ -491,7 +488,7 @@ class LexicalOutput(ModelOutput):
     "Loss and logits as `transformers` expects them, and the state that explains them."
     loss: Tensor|None = None
     logits: Tensor|None = None
-    state: CircuitState|None = None
+    state: CircuitState|TagCircuitState|None = None
 
 class LexicalSAEForSequenceClassification(LexicalSAE):
     "`LexicalSAE` whose forward classifies."
@@ -521,10 +518,13 @@ class LexicalSAEForTokenClassification(LexicalSAE):
         labels: Tensor|None = None,          # [B,L] tag ids, -100 where ignored
         return_dict: bool|None = None,
     ) -> LexicalOutput:
-        logits = self.tag(self.encode(input_ids, attention_mask, token_type_ids))
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), check_labels(labels, self.config.num_labels).flatten(),
-                                                            label_smoothing=self.label_smoothing if self.training else 0.)
-        out = LexicalOutput(loss, logits)
+        seq = self.encode(input_ids, attention_mask, token_type_ids)
+        if labels is not None and self.training: seq = seq.with_mask(labels != -100)    # nothing else is learned from
+        state, loss = self.tag_state(seq), None
+        if labels is not None:
+            loss = F.cross_entropy(state.logits, check_labels(labels, self.config.num_labels)[seq.keep],
+                                   label_smoothing=self.label_smoothing if self.training else 0.)
+        out = LexicalOutput(loss, state.scattered(seq.keep.shape), state)
         return out if return_dict is not False else out.to_tuple()
 
 def check_labels(labels: Tensor, num_labels: int) -> Tensor:

@@ -32,7 +32,8 @@ def summary(out, notebook):
     print()
     if (out/'model').exists(): print(f"model      {out/'model'}")
     print(f"results    {out/'results.json'}\nnotebook   {out/notebook.name}")
-    if 'accuracy' in m: print(f"accuracy {m['accuracy']:.4f}" + (f" (dense twin {m['dense']['accuracy']:.4f})" if m.get('dense') else ''))
+    score = 'entity_f1' if 'entity_f1' in m else 'accuracy'
+    if score in m: print(f"{score} {m[score]:.4f}" + (f" (dense twin {m['dense'][score]:.4f})" if m.get('dense') else ''))
     if 'active_dims' in m: print(f"mean active dimensions {m['active_dims']:.1f}")
     if 'identity_error' in m: print(f"worst identity error {m['identity_error']:.1e}")
     if (out/'report.html').exists(): print(f"report {(out/'report.html')}")

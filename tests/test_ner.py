@@ -1,0 +1,155 @@
+"Tagging: losses and gradients over families, entity scores against seqeval, edge cases, one instance for both tasks, the pipeline, the experiment."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings, strategies as st
+from seqeval.metrics import classification_report
+from seqeval.scheme import IOB2
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, pipeline
+
+from lexical_sae.dla import identity_error
+from lexical_sae.entities import EntityScores, TagPredictions, entity_counts, entity_errors, entity_scores, paired_f1, spans, tag_calibration
+from lexical_sae.grounding import FrozenReference
+from lexical_sae.model import LexicalSAEForTokenClassification
+from lexical_sae.ner import DenseTagger, TaggingTrainer, predict_dense_tags, predict_tags, start_at_prior, tag_batches, topk_mask, word_batches
+from lexical_sae.tag_explain import TagCircuitFitter, TagGroundingFitter, explain_entities
+from lexical_sae.train import LexicalTrainingArguments
+
+ROOT = Path(__file__).resolve().parents[1]
+TAGS = ['O', 'B-PER', 'I-PER', 'B-LOC', 'I-LOC']
+WORDS = 'anna lee berlin paris lives works in and at visited film club bank city woman man'.split()
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    vocab = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '##lin', 'ber', *WORDS]
+    (tmp_path/'vocab.txt').write_text('\n'.join(vocab))
+    return BertTokenizerFast(str(tmp_path/'vocab.txt'))
+
+def tagger(tokenizer, **kwargs):
+    torch.manual_seed(0)
+    backbone = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                                          max_position_embeddings=32, hidden_dropout_prob=0., attention_probs_dropout_prob=0.))
+    for p in backbone.parameters():
+        if p.ndim > 1: nn.init.normal_(p, std=.4)
+    model = LexicalSAEForTokenClassification.from_backbone(backbone, label_names=TAGS, tokenizer=tokenizer, check=False,
+                                                           **dict(classifier_hidden=8, vocabulary='all', initial_words=8) | kwargs)
+    for p in model.head.parameters(): nn.init.normal_(p, std=.4)
+    return model
+
+SENTENCES = [['anna', 'lee', 'visited', 'berlin'], ['paris', 'and', 'berlin'], ['man']]
+
+@pytest.mark.parametrize('hidden', [8, 0])
+@pytest.mark.parametrize('gate', ['jumprelu', 'drelu'])
+def test_training_forward_equals_the_stored_tensor(tokenizer, gate, hidden):
+    model = tagger(tokenizer, gate=gate, classifier_hidden=hidden).train()
+    batch = model.batch([' '.join(s) for s in SENTENCES])
+    labels = torch.full(batch['input_ids'].shape, -100); labels[:, 1] = torch.tensor([1, 3, 0]); labels[0, 2] = 2
+    out = model(**batch, labels=labels)
+    seq = model.encode(**batch)
+    naive = nn.functional.cross_entropy(model.head(model.activation(seq.logits()))[labels >= 0], labels[labels >= 0])
+    assert abs(out.loss.item() - naive.item()) < 1e-5
+    weights = [p for p in model.parameters() if p.requires_grad]
+    mine, theirs = (torch.autograd.grad(x, weights, allow_unused=True, materialize_grads=True) for x in (out.loss, naive))
+    assert sum(g.abs().sum() for g in theirs) > 0
+    for p, a, b in zip(weights, mine, theirs):
+        if p is model.activation.log_theta: b = b*model.activation.allowed   # a word that may not open keeps its threshold
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert len(out.state.logits) == 4                                      # only the labelled positions were decoded
+
+def test_no_gradient_at_all_closed_gates(tokenizer):
+    model = tagger(tokenizer); model.activation.set_threshold(1e6, 1.)
+    state = model.tag_state(model.encode(**model.batch(['anna lee'])))
+    assert state.num_active.sum() == 0 and identity_error(state) == 0
+    state.logits.sum().backward()
+    assert model.head.fc2.bias.grad.abs().sum() > 0
+
+def test_one_instance_tags_and_classifies_and_the_pipeline_agrees(tokenizer, tmp_path):
+    model = tagger(tokenizer).eval(); model.save_pretrained(tmp_path/'model')
+    text = 'anna lee visited berlin'
+    with torch.no_grad():
+        seq = model.encode(**model.batch([text]))
+        assert identity_error(model.classify(seq)) <= 1e-5 and identity_error(model.tag_state(seq)) <= 1e-5
+    mine = explain_entities(model, text).tags
+    found = pipeline('token-classification', model=str(tmp_path/'model'), aggregation_strategy='first', ignore_labels=[])(text)
+    theirs = [(w, e['entity_group']) for e in found for w in text[e['start']:e['end']].split()]
+    assert theirs == [(w, t[2:] or 'O' if t != 'O' else 'O') for w, t, _ in mine]
+
+def test_trainer_minimises_and_the_reference_stays(tokenizer, tmp_path):
+    model = tagger(tokenizer)
+    data = [dict(input_ids=[2, 7, 8, 16, 9, 3], attention_mask=[1]*6, labels=[-100, 1, 2, 0, 3, -100], example_id=i, length=6) for i in range(16)]
+    start_at_prior(model, [[1, 2, 0, 3]])
+    args = LexicalTrainingArguments(str(tmp_path), max_steps=30, per_device_train_batch_size=8, learning_rate=3e-3, active_target=4., warmup_fraction=.3, logging_steps=5,
+                                    save_strategy='no', report_to='none', disable_tqdm=True, use_cpu=True)
+    trainer = TaggingTrainer(model, args, train_dataset=data)
+    before = trainer.reference.reference.backbone.state_dict()['bert.embeddings.word_embeddings.weight'].clone()
+    trainer.train()
+    logs = [h for h in trainer.state.log_history if 'ce' in h]
+    assert logs[-1]['ce'] < logs[0]['ce'] and {'anchor', 'completeness', 'tau'} <= set(logs[-1])
+    assert torch.equal(before, trainer.reference.reference.backbone.state_dict()['bert.embeddings.word_embeddings.weight'])
+
+def test_prior_is_the_log_frequency(tokenizer):
+    model = tagger(tokenizer); start_at_prior(model, [[0, 0, 1]])
+    torch.testing.assert_close(model.head.fc2.bias.exp(), torch.tensor([3, 2, 1, 1, 1])/8.)
+
+@given(st.lists(st.lists(st.sampled_from(TAGS), min_size=1, max_size=8).flatmap(lambda g: st.tuples(st.just(g), st.lists(st.sampled_from(TAGS), min_size=len(g), max_size=len(g)))),
+                min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_counts_are_those_of_seqeval(pairs):
+    gold, predicted = map(list, zip(*pairs))
+    right, found, labelled = entity_counts(gold, predicted).sum(0)
+    if not labelled: return                                                # seqeval reports no type then
+    micro = classification_report(gold, predicted, output_dict=True, mode='strict', scheme=IOB2, zero_division=0)['micro avg']
+    assert micro['support'] == labelled and abs(micro['recall'] - right/labelled) < 1e-9
+    assert abs(micro['precision'] - (right/found if found else 0)) < 1e-9
+    sheet = entity_errors([['w']*len(g) for g in gold], gold, predicted)
+    assert (sheet.labelled != '').sum() == labelled - right                # every missed or mistaken entity is one row
+
+def test_sentences_without_entities_score_zero_not_an_error():
+    scores = entity_scores([['O', 'O']], [['O', 'O']])
+    assert scores.entity_f1 == 0 and scores.tag_accuracy == 1
+
+def test_bad_input_says_what_to_do(tokenizer):
+    model = tagger(tokenizer)
+    for call, words in ((lambda: entity_scores([['O']], []), 'labelled and 0 predicted'), (lambda: entity_scores([['O']], [['O', 'O']]), '1 tags and 2 predictions'),
+                        (lambda: entity_scores([['E-PER']], [['O']]), 'not BIO2'), (lambda: predict_tags(model, [['a'], []]), 'Sentence 1 is empty'),
+                        (lambda: predict_tags(model, ['a b']), 'is a string'), (lambda: explain_entities(model, 'anna', 'mean'), "choose 'sum' or 'max_abs'"),
+                        (lambda: TagCircuitFitter().fit(), 'No entity'), (lambda: TagGroundingFitter(model, FrozenReference.of(model)).fit(), 'No word was seen'),
+                        (lambda: model(**model.batch(['anna']), labels=torch.full((1, 3), 9)), 'outside 0..4')):
+        with pytest.raises(ValueError, match=words): call()
+
+def test_no_word_is_lost(tokenizer):
+    model = tagger(tokenizer)
+    sentences = [['anna']*100, ['berlinlinlin'*30, 'paris'], ['man', '\u200b', 'woman']]
+    seen = sorted(w for b, _ in tag_batches(model, sentences, 2) for w in b.words)
+    assert seen == [(0, i) for i in range(100)] + [(1, 0), (1, 1), (2, 0), (2, 2)]
+    assert [len(t) for t in predict_tags(model, sentences).tags] == [100, 2, 3]
+
+def test_dense_twin_tags_every_word(tokenizer):
+    torch.manual_seed(0)
+    encoder = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=32)).bert
+    twin = DenseTagger(encoder, 5).eval()
+    found = predict_dense_tags(twin, tokenizer, SENTENCES, TAGS, 32)
+    assert [len(t) for t in found.tags] == [4, 3, 1] and all(.2 <= p <= 1 for s in found.probability for p in s)
+
+def test_probabilities_of_one_bin():
+    found = tag_calibration([['O', 'B-X']], TagPredictions([['O', 'O']], [[1., 1.]]))
+    assert found.error == .5 and found.table.words.tolist() == [2]
+
+@pytest.mark.slow
+def test_experiment_runs_on_a_few_sentences(tmp_path):
+    rows = '\n\n'.join('anna B-PER\nlee I-PER\nvisited O\nberlin B-LOC\n. O' if i % 2 else 'the O\nfilm O\nclub O\nin O\nparis B-LOC' for i in range(60))
+    folder = tmp_path/'data'; folder.mkdir()
+    for split in ('train', 'test'): (folder/f'{split}.txt').write_text(rows + '\n')
+    params = yaml.safe_load((ROOT/'paper/params/conll2003_verify.yaml').read_text())
+    params |= dict(source=str(folder), output_dir=str(tmp_path), train_samples=40, test_samples=20, num_train_epochs=2, topk_curve=[1, 10])
+    (tmp_path/'p.yaml').write_text(yaml.safe_dump(params))
+    subprocess.run([sys.executable, str(ROOT/'tools/run_experiment.py'), str(tmp_path/'p.yaml')], check=True, cwd=ROOT)
+    metrics = json.loads((tmp_path/'conll2003_verify/results.json').read_text())['metrics']
+    assert metrics['identity_error'] <= 1e-5 and {'entity_f1', 'topk', 'circuits', 'dense', 'types'} <= set(metrics)

@@ -7,17 +7,25 @@ __all__ = ['LexicalTrainingArguments', 'ReferenceCache', 'LexicalTrainer', 'Prog
 
 # %% ../nbs/02c_train.ipynb #575143f4
 import math
+import os
+import shutil
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from .geco import GECOController, tau_from_accuracy
 from .grounding import FrozenReference
 from .model import LexicalSAEForSequenceClassification
-from .objectives import anchor_loss, band_weight, completeness_loss, open_words, sparsity_loss
+from .objectives import (AttributionCentroidTracker, FeatureFrequencyTracker, LearnedMargin, anchor_loss, band_weight,
+                                    centroid_cosine, completeness_loss, flops_loss, l1_loss, masked_language_loss, open_words, revival_loss,
+                                    separation_loss, sparsity_loss)
+from .optimisation import build_optimizer, centralize_gradients, evaluation_mode, parameter_groups
 
 # %% ../nbs/02c_train.ipynb #cd3ab8c3
 @dataclass
@@ -31,6 +39,14 @@ class LexicalTrainingArguments(TrainingArguments):
     anchor_margin: float = field(default=1.2, metadata={'help': 'how much louder than the reference a word may be, in spreads of z'})
     completeness_weight: float = field(default=.1, metadata={'help': 'weight of the circuit completeness loss'})
     completeness_against: str = field(default='kl', metadata={'help': '"kl" or "ce"'})
+    separation_weight: float = field(default=0., metadata={'help': 'weight of the separation of class circuits'})
+    separation_form: str = field(default='triplet', metadata={'help': '"triplet" with a learned margin, or "cosine"'})
+    sparsity: str = field(default='l0', metadata={'help': 'the band acts on "l0" or "l1"'})
+    flops_weight: float = field(default=0., metadata={'help': 'weight of FLOPS: words open in every text'})
+    revival_weight: float = field(default=0., metadata={'help': 'weight of the revival of silent words'})
+    revival_form: str = field(default='untrained', metadata={'help': '"untrained" or "published"'})
+    mlm_weight: float = field(default=0., metadata={'help': "weight of the masked-language-model loss on the batch"})
+    gradient_centralization: bool = field(default=False, metadata={'help': 'subtract the mean of matrix gradients (2004.01461)'})
     band_weight: float = field(default=1., metadata={'help': 'weight of the sparsity band'})
     dual_rate: float = field(default=.02, metadata={'help': 'eta of GECO per step'})
     gate_learning_rate: float|None = field(default=None, metadata={'help': 'on log theta; None: 0.5 / steps, so that theta moves by tens of percent'})
@@ -41,8 +57,14 @@ class LexicalTrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self.remove_unused_columns = False   # example_id belongs to the reference's cache
+        if self.schedule_free: self.lr_scheduler_type = 'constant'       # it ramps and averages by itself
+        for name, choices in (('separation_form', ('triplet', 'cosine')), ('sparsity', ('l0', 'l1')), ('revival_form', ('untrained', 'published'))):
+            if getattr(self, name) not in choices: raise ValueError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'.")
         for name, low, high in (('sparsity_target', 0, 1), ('warmup_fraction', 0, 1)):
             if not low < getattr(self, name) < high: raise ValueError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}.")
+
+    @property
+    def schedule_free(self) -> bool: return str(getattr(self.optim, 'value', self.optim)) == 'schedule_free_adamw'
 
 # %% ../nbs/02c_train.ipynb #3d5cda57
 class ReferenceCache:
@@ -84,7 +106,9 @@ class LexicalTrainer(Trainer):
         self.reference = ReferenceCache(reference.to(args.device), args.reference_cache_mib) if reference is not None else None
         tau = None if args.target_accuracy is None else tau_from_accuracy(args.target_accuracy, model.config.num_labels, args.label_smoothing)
         self.geco = GECOController(tau, args.dual_rate, active_target=args.active_target)
-        self.active_ema, self.terms, self.step_terms = None, {}, []
+        self.centroids = AttributionCentroidTracker(model.config.num_labels, model.num_dims).to(args.device)
+        self.margin, self.frequencies = LearnedMargin(), FeatureFrequencyTracker(model.num_dims).to(args.device)
+        self.active_ema, self.terms, self.step_terms, self._staging = None, {}, [], None
         self.add_callback(_DualStep(self))
 
     # ---- what a step minimises -------------------------------------------------------------------------------
@@ -108,20 +132,47 @@ class LexicalTrainer(Trainer):
         state, args = outputs.state, self.args
         terms = {'ce': outputs.loss}
         if self.reference is not None and args.anchor_weight: terms['anchor'] = self._anchor(state, inputs, example_id)
+        if args.mlm_weight: terms['mlm'] = masked_language_loss(self._net, inputs['input_ids'], inputs['attention_mask'])
+        self._count_open(state)
         if self.warming_up: return terms
+        z = state.z_max if state.z_max is not None else state.sparse_vector
         if args.completeness_weight:
             terms['completeness'] = completeness_loss(state, inputs['labels'], args.sparsity_target, args.completeness_against)
-        z = state.z_max if state.z_max is not None else state.sparse_vector
-        if self._band(): terms['band'] = sparsity_loss(z, self._net.activation)
+        if args.separation_weight: terms['separation'] = self._separation(state, inputs['labels'])
+        if self._band(): terms['band'] = sparsity_loss(z, self._net.activation) if args.sparsity == 'l0' else l1_loss(state.sparse_vector)
+        if args.flops_weight: terms['flops'] = flops_loss(z, self._net.activation)
+        if args.revival_weight:
+            terms['revival'] = revival_loss(self._net.activation, self.frequencies, .1*args.sparsity_target, args.revival_form)
         return terms
 
     def combine(self, terms: dict) -> Tensor:
-        "The Lagrangian, and the anchor beside it."
+        "The Lagrangian; anchor and language model stand beside it and act from the first step."
         args = self.args
-        anchor = args.anchor_weight*terms['anchor'] if 'anchor' in terms else 0.
-        if self.warming_up: return terms['ce'] + anchor
-        objective = args.completeness_weight*terms.get('completeness', 0.) + self._band()*terms.get('band', 0.)
-        return self.geco.combine(objective, terms['ce']) + anchor
+        beside = sum(w*terms[k] for k, w in (('anchor', args.anchor_weight), ('mlm', args.mlm_weight)) if k in terms)
+        if self.warming_up: return terms['ce'] + beside
+        weights = dict(completeness=args.completeness_weight, separation=args.separation_weight, band=self._band(), flops=args.flops_weight,
+                       revival=args.revival_weight)
+        objective = sum((w*terms[k] for k, w in weights.items() if k in terms), start=terms['ce']*0)
+        return self.geco.combine(objective, terms['ce']) + beside
+
+    def _separation(self, state, labels):
+        part = state.attribution(labels)                                 # [B,V]
+        if self.args.separation_form == 'cosine': loss = centroid_cosine(part, labels, self.centroids)
+        else:
+            loss, violations = separation_loss(part, labels, self.centroids, self.margin.margin)
+            self.margin.update(self._mean(violations))
+        self.centroids.update(part, labels, self._sum)
+        return loss
+
+    def _count_open(self, state):
+        "How often words are open; the first batches, before anything has moved, are the untrained frequencies."
+        if not self.args.revival_weight: return
+        if self.state.global_step == 0: self.frequencies.observe_start(state.sparse_vector)
+        else: self.frequencies.update(self._sum((state.sparse_vector > 0).float().mean(0))/self.accelerator.num_processes)
+
+    # ---- the same numbers on every process -------------------------------------------------------------------
+    def _sum(self, tensor): return self.accelerator.reduce(tensor, 'sum')
+    def _mean(self, value): return self._sum(torch.as_tensor(float(value), device=self.args.device)).item()/self.accelerator.num_processes
 
     @property
     def _net(self): return self.accelerator.unwrap_model(self.model)
@@ -151,7 +202,7 @@ class LexicalTrainer(Trainer):
 
     def dual_step(self):
         "Once per optimiser step: GECO, the moving average of k, and the alarm for closed gates."
-        mean = {k: sum(t[k] for t in self.step_terms)/len(self.step_terms) for k in ('ce', 'active')}
+        mean = {k: self._mean(sum(t[k] for t in self.step_terms)/len(self.step_terms)) for k in ('ce', 'active')}
         self.step_terms = []
         self.active_ema = mean['active'] if self.active_ema is None else .95*self.active_ema + .05*mean['active']
         if self.warming_up: self.geco.observe(mean['ce'])
@@ -168,29 +219,64 @@ class LexicalTrainer(Trainer):
             self.terms = {}
         super().log(logs, *args, **kwargs)
 
-    # ---- parameter groups ------------------------------------------------------------------------------------
+    # ---- optimiser -------------------------------------------------------------------------------------------
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.args.learning_rate, fused=True,
-                                               betas=(self.args.adam_beta1, self.args.adam_beta2), eps=self.args.adam_epsilon)
+            args, net = self.args, self._net
+            groups = parameter_groups(net, args.learning_rate, self.state.max_steps or self._planned_steps(), args.head_multiplier,
+                                      args.gate_learning_rate, args.weight_decay)
+            self.optimizer = build_optimizer(groups, 'schedule_free' if args.schedule_free else 'adamw', (args.adam_beta1, args.adam_beta2),
+                                             args.adam_epsilon, int(args.warmup_steps))
+            if args.gradient_centralization:
+                self.optimizer.register_step_pre_hook(lambda *_: centralize_gradients(net.parameters(), net.num_dims))
         return self.optimizer
-
-    def parameter_groups(self) -> list[dict]:
-        "Backbone, head and gate with their own rates; no decay on the gate, norms and biases."
-        args, net = self.args, self._net
-        gate_lr = args.gate_learning_rate or .5/max(1, self.state.max_steps or self._planned_steps())
-        groups = {}
-        for name, p in net.named_parameters():
-            if not p.requires_grad: continue
-            part = 'gate' if name.startswith('activation.') else 'head' if name.startswith(('head.', 'query')) else 'backbone'
-            decay = args.weight_decay if p.ndim > 1 and part != 'gate' else 0.
-            groups.setdefault((part, decay), []).append(p)
-        rate = {'gate': gate_lr, 'head': args.learning_rate*args.head_multiplier, 'backbone': args.learning_rate}
-        return [{'params': ps, 'lr': rate[part], 'weight_decay': decay} for (part, decay), ps in groups.items()]
 
     def _planned_steps(self):
         per_epoch = math.ceil(len(self.train_dataset)/self.args.train_batch_size/self.args.gradient_accumulation_steps)
         return self.args.max_steps if self.args.max_steps > 0 else math.ceil(per_epoch*self.args.num_train_epochs)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------
+    def save_model(self, *args, **kwargs):
+        evaluation_mode(self.optimizer)                                  # schedule-free: the averaged weights are the model
+        super().save_model(*args, **kwargs)
+
+    def _get_output_dir(self, trial): return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        "Write under a name that no resume picks up, then rename."
+        final, name = Path(super()._get_output_dir(trial)), f'checkpoint-{self.state.global_step}'
+        self._staging = str(final/'.unfinished')
+        try:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self._save_method(Path(self._staging)/name)
+                shutil.rmtree(final/name, ignore_errors=True)
+                os.replace(Path(self._staging)/name, final/name)
+        except (OSError, SafetensorError, RuntimeError) as e:
+            raise OSError(f"The checkpoint of step {self.state.global_step} could not be written ({e}): free some space, then resume; "
+                          "earlier checkpoints are intact.") from e
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+
+    def _method(self): return nn.ModuleDict(dict(geco=self.geco, centroids=self.centroids, margin=self.margin, frequencies=self.frequencies))
+
+    def _save_method(self, folder):
+        "Constraint, trackers and the moving average of k."
+        state = {k: v.contiguous() for k, v in self._method().state_dict().items()}
+        save_file(state | {'active_ema': torch.tensor(float('nan') if self.active_ema is None else self.active_ema, dtype=torch.float64)},
+                  folder/'method.safetensors')
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None: return
+        path = Path(checkpoint)/'method.safetensors'
+        if not path.exists(): raise FileNotFoundError(f"{checkpoint} was not written by this trainer (it has no method.safetensors): choose another checkpoint.")
+        state = load_file(path)
+        active = state.pop('active_ema').item()
+        self.active_ema = None if math.isnan(active) else active
+        self._method().load_state_dict(state)
 
 class _DualStep(TrainerCallback):
     "Calls the trainer's dual step after each optimiser step."

@@ -41,11 +41,12 @@ def check_tags(gold: list[list[str]], predicted: list[list[str]]):
 def entity_scores(gold: list[list[str]], predicted: list[list[str]]) -> EntityScores:
     "Precision, recall and F1 of whole entities, and the accuracy of tags."
     check_tags(gold, predicted)
+    right = float(np.mean([g == p for a, b in zip(gold, predicted) for g, p in zip(a, b)]))
+    if not any(map(spans, gold + predicted)): return EntityScores(0., 0., 0., right, {})          # nothing to find, nothing found
     report = classification_report(gold, predicted, output_dict=True, mode='strict', scheme=IOB2, zero_division=0)
     pick = lambda r: dict(precision=float(r['precision']), recall=float(r['recall']), f1=float(r['f1-score']), support=int(r['support']))
     micro = pick(report['micro avg'])
-    right = [g == p for a, b in zip(gold, predicted) for g, p in zip(a, b)]
-    return EntityScores(micro['f1'], micro['precision'], micro['recall'], float(np.mean(right)), {k: pick(r) for k, r in report.items() if not k.endswith(' avg')})
+    return EntityScores(micro['f1'], micro['precision'], micro['recall'], right, {k: pick(r) for k, r in report.items() if not k.endswith(' avg')})
 
 def spans(tags: list[str]) -> list[tuple[str, int, int]]:  # (type, first word, one past the last)
     "The entities of one BIO2 sentence; an `I-` that continues nothing is none."

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, DataCollatorForTokenClassification, PreTrainedTokenizerBase
@@ -124,8 +125,12 @@ def start_at_prior(model: LexicalSAE, tags: list[list[int]]):
 def tagging_tokenizer(name: str, revision: str|None = None) -> PreTrainedTokenizerBase:
     "The checkpoint's tokenizer, ready for split sentences: byte-level BPE needs a blank before each word."
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    if not hasattr(tokenizer, 'add_prefix_space'): return tokenizer
-    return AutoTokenizer.from_pretrained(name, revision=revision, add_prefix_space=True)
+    if '"ByteLevel"' not in tokenizer.backend_tokenizer.to_str(): return tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, add_prefix_space=True)
+    backend = tokenizer.backend_tokenizer                                  # not every class of tokenizer hands the option on
+    given = backend.to_str().replace('"add_prefix_space":false', '"add_prefix_space":true')
+    backend.pre_tokenizer = Tokenizer.from_str(given).pre_tokenizer
+    return tokenizer
 
 # %% ../nbs/03_ner.ipynb #5c64f495
 def check_sentences(sentences: list[list[str]]):

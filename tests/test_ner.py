@@ -18,7 +18,7 @@ from lexical_sae.dla import identity_error
 from lexical_sae.entities import EntityScores, TagPredictions, entity_counts, entity_errors, entity_scores, paired_f1, spans, tag_calibration
 from lexical_sae.grounding import FrozenReference
 from lexical_sae.model import LexicalSAEForTokenClassification
-from lexical_sae.ner import DenseTagger, TaggingTrainer, predict_dense_tags, predict_tags, start_at_prior, tag_batches, topk_mask, word_batches
+from lexical_sae.ner import DenseTagger, TaggingTrainer, predict_dense_tags, predict_tags, start_at_prior, tag_batches, tagging_tokenizer, word_batches
 from lexical_sae.tag_explain import TagCircuitFitter, TagGroundingFitter, explain_entities
 from lexical_sae.train import LexicalTrainingArguments
 
@@ -130,6 +130,31 @@ def test_no_word_is_lost(tokenizer):
     seen = sorted(w for b, _ in tag_batches(model, sentences, 2) for w in b.words)
     assert seen == [(0, i) for i in range(100)] + [(1, 0), (1, 1), (2, 0), (2, 2)]
     assert [len(t) for t in predict_tags(model, sentences).tags] == [100, 2, 3]
+
+def trained(kind):
+    "A small byte-level BPE or SentencePiece-like tokenizer."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    special = ['<pad>', '<s>', '</s>', '<unk>', '<mask>']
+    if kind == 'byte BPE':
+        backend, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    else:
+        backend, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token='<unk>')
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.train_from_iterator([' '.join(WORDS)]*50, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token='<pad>', bos_token='<s>', eos_token='</s>', unk_token='<unk>', mask_token='<mask>')
+
+@pytest.mark.parametrize('kind', ['byte BPE', 'SentencePiece'])
+def test_labels_sit_on_first_pieces_of_other_tokenizers(kind, tmp_path):
+    trained(kind).save_pretrained(tmp_path)
+    tokenizer = tagging_tokenizer(str(tmp_path))
+    sentences = [['anna', 'visited', 'Zürich', 'and', 'paris'], ['paris']]
+    batch, = word_batches(tokenizer, sentences, 64)
+    assert batch.words == [(0, i) for i in range(5)] + [(1, 0)]
+    tokens = [tokenizer.convert_ids_to_tokens(row) for row in batch.encoding['input_ids']]
+    first = [t for row, keep in zip(tokens, batch.first.tolist()) for t, k in zip(row, keep) if k]
+    assert all(t[0] in 'Ġ▁' for t in first) and len(tokens[0]) > 5         # every word begins with its blank, some have several pieces
 
 def test_dense_twin_tags_every_word(tokenizer):
     torch.manual_seed(0)

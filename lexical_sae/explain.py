@@ -18,6 +18,7 @@ from torch import Tensor
 from .decode import _tile_logits, compute_dtype
 from .dla import CircuitState, relative_gap
 from .model import LexicalSAE, SparseSequence, check_texts
+from .targets import is_multilabel, probabilities
 from .words import align_words
 
 # %% ../nbs/01b_explain.ipynb #5af71802
@@ -129,13 +130,14 @@ def explain(self: LexicalSAE,
     names, logits = self.config.id2label, state.logits[0]
     predicted = int(logits.argmax())
     c = predicted if target is None else _class_id(self, target, 'target')
-    other = 1 - c if against is None and len(names) == 2 else None if against is None else _class_id(self, against, 'class')
+    multilabel = is_multilabel(self.config)                              # then a class stands for itself, not against another
+    other = 1 - c if against is None and len(names) == 2 and not multilabel else None if against is None else _class_id(self, against, 'class')
     if c == other: raise ValueError(f"'{names[c]}' cannot be explained against itself: choose another class.")
     part, b = state.attribution(c, other)[0], state.b_eff[0]             # [V], [C]
     logit, bias = (logits[c], b[c]) if other is None else (logits[c] - logits[other], b[c] - b[other])
     words = align_words(self.tokenizer, text, max_length=self.config.max_positions)
     features, by_position, shares = _features(self, seq, state, part, words)
-    return Explanation(text, names[c], None if other is None else names[other], names[predicted], logits.softmax(-1)[predicted].item(), logit.item(),
+    return Explanation(text, names[c], None if other is None else names[other], names[predicted], probabilities(logits, multilabel)[predicted].item(), logit.item(),
                        bias.item(), relative_gap(logit, part, bias).item(), features, _word_parts(words, by_position, features, shares))
 
 def _features(model, seq, state, part, words):
@@ -249,14 +251,15 @@ def report_html(
 class ClassWordsFitter:
     "Streams over circuit states and hands out the most important words of each class."
     def __init__(self, model: LexicalSAE):
-        self.words, self.names = model.words, model.config.id2label
+        self.words, self.names, self.multilabel = model.words, model.config.id2label, is_multilabel(model.config)
         self.total = torch.zeros(len(self.names), model.num_dims)
         self.count = torch.zeros(model.num_dims)
 
     @torch.no_grad()
     def update(self, state: CircuitState):
         part = state.attribution()                                       # [B,C,V]
-        self.total += (part - part.mean(1, keepdim=True)).sum(0).cpu()
+        if not self.multilabel: part = part - part.mean(1, keepdim=True)
+        self.total += part.sum(0).cpu()
         self.count += (state.sparse_vector > 0).sum(0).cpu()
 
     def fit(self, k: int = 15):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .dla import CircuitState, ClassifierHead, circuit_state, identity_error
 from .words import normalise_word, text_words, vocabulary_words
+from .targets import is_multilabel, right_answers
 from .model import LexicalSAE, lift, load_backbone, projection, weights_hash
 
 # %% ../nbs/01c_grounding.ipynb #75b3eef1
@@ -73,9 +74,11 @@ class FrozenReference(nn.Module):
 def centred_contributions(
     state: CircuitState,
     classes: Tensor|None = None,  # [B]; None: the predicted class
+    centred: bool = True,         # False where every class is a yes or no: a sigmoid does see what all logits share
 ) -> Tensor:                      # [B,V]
     "`s_j (W_eff[c,j] - mean_c W_eff[c,j])`: what each word adds to its class over the average class."
     classes = state.logits.argmax(-1) if classes is None else classes
+    if not centred: return state.attribution(classes)
     parts = state.attribution()                                          # [B,C,V]
     return parts[torch.arange(len(classes)), classes] - parts.mean(1)
 
@@ -114,7 +117,7 @@ def sentiment_lexicon() -> dict[str, float]:
 @dataclass(frozen=True)
 class Grounding:
     "Do the words mean what they say? Shares of the contribution on a set of texts."
-    accuracy: float|None            # share of texts classified as labelled
+    accuracy: float|None            # share of texts classified as labelled; of answers, where every class is a yes or no
     active_dims: float              # mean number of open words per text
     sparsity: float                 # 1 - active_dims / V
     identity_error: float           # worst relative difference between a logit and the sum of its parts
@@ -163,7 +166,7 @@ class GroundingFitter:
         lexicon: dict|None = None,        # word -> valence
         positive_class: int|None = None,  # the class that a positive valence speaks for; needed with `lexicon`
     ):
-        self.model, self.reference, self.positive = model, reference, positive_class
+        self.model, self.reference, self.positive, self.multilabel = model, reference, positive_class, is_multilabel(model.config)
         self.dims, self.base = model.activation.allowed[:model.vocab_size].nonzero()[:, 0], model.base_ids
         words = vocabulary_words(model.tokenizer, model.vocab_size)
         self.names = [normalise_word(words[j] or '') for j in self.base.tolist()]                # a sense counts as its word
@@ -183,15 +186,15 @@ class GroundingFitter:
         "Classify and measure one batch of texts."
         batch = self.model.batch(texts, max_length)
         state = self.model.classify(self.model.encode(**batch))
-        predicted, part = state.logits.argmax(-1), centred_contributions(state)
+        predicted, part = state.logits.argmax(-1), centred_contributions(state, centred=not self.multilabel)
         text, ids = (state.sparse_vector > 0).nonzero(as_tuple=True)                             # [n] occurrences
         value = part[text, ids]; size = value.abs()                                              # [n]
         add = lambda key, x: self.sum.__setitem__(key, self.sum[key] + float(x))
         add('texts', len(texts)); add('active', len(ids)); add('total', size.sum())
-        if labels is not None: add('right', (predicted.cpu() == labels).sum()); add('labelled', len(texts))
+        if labels is not None: add('right', right_answers(state.logits, labels, self.multilabel).sum()); add('labelled', len(texts))
         self.ever[ids.cpu()] = True
         self.worst = max(self.worst, identity_error(state))
-        bias = state.b_eff; bias = (bias.gather(1, predicted[:, None])[:, 0] - bias.mean(1)).abs().sum()
+        bias = state.b_eff; bias = (bias.gather(1, predicted[:, None])[:, 0] - (0 if self.multilabel else bias.mean(1))).abs().sum()
         add('bias', bias); add('bias_of', bias + size.sum())
         own = [{normalise_word(w) for w in text_words(t)} for t in texts]
         add('input', size[torch.tensor([self.names[j] in own[i] for i, j in zip(text.tolist(), ids.tolist())], dtype=torch.bool)].sum())

@@ -6,7 +6,7 @@
 __all__ = ['FORMAT_VERSION', 'projection', 'lift', 'LexicalSAEConfig', 'SparseSequence', 'LexicalSAE', 'sample_sentences',
            'load_backbone', 'check_backbone_config', 'masked_loss', 'check_tokenizer', 'weights_hash', 'from_backbone',
            'check_texts', 'from_pretrained', 'LexicalOutput', 'LexicalSAEForSequenceClassification',
-           'LexicalSAEForTokenClassification', 'check_labels', 'Prediction']
+           'LexicalSAEForTokenClassification', 'Prediction']
 
 # %% ../nbs/01a_model.ipynb #f99421d6
 import hashlib
@@ -35,6 +35,7 @@ from .decode import (NonZeros, Threshold, ThresholdFitter, _tile_logits, attenti
 from .dla import CircuitState, ClassifierHead, TagCircuitState, circuit_state
 from .pairs import GatedPairs, streamed_pairs
 from .senses import SenseExpander, gate_senses, spread_senses
+from .targets import MULTILABEL, check_labels, classification_loss, is_multilabel, probabilities
 from .words import vocabulary_mask, vocabulary_words
 
 # %% ../nbs/01a_model.ipynb #08f9ade8
@@ -493,17 +494,18 @@ class LexicalOutput(ModelOutput):
 class LexicalSAEForSequenceClassification(LexicalSAE):
     "`LexicalSAE` whose forward classifies."
     label_smoothing = 0.  # set by the trainer: cross-entropy and its constraint share it
+    class_weights = None  # [C], set by the trainer
 
     def forward(self,
         input_ids: Tensor,                   # [B,L]
         attention_mask: Tensor|None = None,  # [B,L]
         token_type_ids: Tensor|None = None,  # [B,L]
-        labels: Tensor|None = None,          # [B] class ids
+        labels: Tensor|None = None,          # [B] class ids; multilabel: [B,C] of 0 and 1
         return_dict: bool|None = None,
     ) -> LexicalOutput:
         state = self.classify(self.encode(input_ids, attention_mask, token_type_ids))
-        loss = None if labels is None else F.cross_entropy(state.logits, check_labels(labels, self.config.num_labels),
-                                                            label_smoothing=self.label_smoothing if self.training else 0.)
+        loss = None if labels is None else classification_loss(state.logits, labels, is_multilabel(self.config),
+                                                               self.label_smoothing if self.training else 0., self.class_weights)
         out = LexicalOutput(loss, state.logits, state)
         return out if return_dict is not False else out.to_tuple()
 
@@ -527,12 +529,6 @@ class LexicalSAEForTokenClassification(LexicalSAE):
         out = LexicalOutput(loss, state.scattered(seq.keep.shape), state)
         return out if return_dict is not False else out.to_tuple()
 
-def check_labels(labels: Tensor, num_labels: int) -> Tensor:
-    "Refuse class ids outside the range; -100 is ignored by the loss and allowed."
-    bad = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
-    if len(bad): raise ValueError(f"Label {int(bad[0])} is outside 0..{num_labels - 1}: set num_labels, or map the labels first.")
-    return labels
-
 AutoConfig.register('lexical_sae', LexicalSAEConfig, exist_ok=True)
 AutoModel.register(LexicalSAEConfig, LexicalSAE, exist_ok=True)
 AutoModelForSequenceClassification.register(LexicalSAEConfig, LexicalSAEForSequenceClassification, exist_ok=True)
@@ -546,6 +542,7 @@ class Prediction:
     probability: float       # its probability
     probabilities: dict      # every class and its probability
     words: list              # (word, s) of the open words, loudest first
+    labels: list             # every class of probability .5 or more; with one class a text: the most probable
 
 @patch
 @torch.no_grad()
@@ -556,7 +553,7 @@ def predict(self: LexicalSAE,
 ) -> list[Prediction]:
     "Labels, probabilities and active words, in the order of the texts."
     check_texts(texts)
-    was_training, words, names = self.training, self.words, self.config.id2label
+    was_training, words, names, multilabel = self.training, self.words, self.config.id2label, is_multilabel(self.config)
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     results = [None]*len(texts)
     starts = range(0, len(texts), batch_size)
@@ -564,8 +561,9 @@ def predict(self: LexicalSAE,
     for i in tqdm(starts, desc='predict', disable=not (len(starts) > 20 if progress is None else progress)):
         chunk = order[i:i + batch_size]
         state = self.classify(self.encode(**self.batch([texts[j] for j in chunk])))
-        for j, p, s in zip(chunk, state.logits.softmax(-1), state.sparse_vector):
+        for j, p, s in zip(chunk, probabilities(state.logits, multilabel), state.sparse_vector):
             best, ids = int(p.argmax()), s.argsort(descending=True)[:int((s > 0).sum())].tolist()
-            results[j] = Prediction(names[best], p[best].item(), {names[c]: v for c, v in enumerate(p.tolist())}, [(words[k], s[k].item()) for k in ids])
+            yes = [names[c] for c, v in enumerate(p.tolist()) if v >= .5] if multilabel else [names[best]]
+            results[j] = Prediction(names[best], p[best].item(), {names[c]: v for c, v in enumerate(p.tolist())}, [(words[k], s[k].item()) for k in ids], yes)
     self.train(was_training)
     return results

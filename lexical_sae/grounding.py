@@ -144,7 +144,7 @@ def reference_ranks(
     "Rank (from 0) of each word at its own position under the frozen reference."
     weight, bias = projection(reference.backbone)
     place, inverse = torch.unique(torch.stack([text, position.long()], 1), dim=0, return_inverse=True)
-    rank = torch.empty(len(ids), dtype=torch.long)
+    rank = torch.empty(len(ids), dtype=torch.long, device=ids.device)
     E, b = weight[dims], 0 if bias is None else bias[dims]
     column = torch.full((len(weight),), -1, device=dims.device); column[dims] = torch.arange(len(dims), device=dims.device)
     for i in range(0, len(place), 256):

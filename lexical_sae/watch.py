@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from .dla import CircuitState
 from .grounding import TOP, FrozenReference, centred_contributions, reference_ranks
@@ -34,14 +35,16 @@ class ReferenceCache:
             pad = input_ids.shape[1] - h.shape[1]                        # the batch may be padded further
             return nn.functional.pad(h, (0, 0, 0, pad)).to(input_ids.device)
         h = self.reference.encode(input_ids, attention_mask)
-        if ids is not None: self._keep(ids, h, attention_mask)
+        if ids is None: return h
+        h = h.to(torch.bfloat16)
+        self._keep(ids, h, attention_mask)
         return h
 
     def _keep(self, ids, h, attention_mask):
         for i, row, n in zip(ids, h, attention_mask.sum(1).tolist()):
             size = n*row.shape[-1]*2
             if i in self.store or size > self.room: continue
-            self.store[i] = row[:n].to('cpu', torch.bfloat16)            # padding is on the right
+            self.store[i] = row[:n].cpu().clone()                        # padding is on the right
             self.room -= size
 
 # %% ../nbs/02bb_watch.ipynb #3fe97c1c
@@ -70,9 +73,10 @@ class ValidationFitter:
         "|contribution| of the open words, and its part on words that the reference says."
         text, ids = (state.sparse_vector > 0).nonzero(as_tuple=True)     # [n] occurrences
         size = centred_contributions(state, centred=not self.multilabel)[text, ids].abs()
-        h0 = self.reference.encode(batch['input_ids'], batch['attention_mask'])
-        rank = reference_ranks(self.reference, h0, text, state.position[text, ids], self.model.base_ids[ids], self.dims)
-        return size.sum(), size[rank.to(size.device) < TOP].sum()
+        with torch.autocast(size.device.type, enabled=False):            # ranks need more than bfloat16
+            h0 = self.reference.encode(batch['input_ids'], batch['attention_mask'])
+            rank = reference_ranks(self.reference, h0, text, state.position[text, ids], self.model.base_ids[ids], self.dims)
+        return size.sum(), size[rank < TOP].sum()
 
     def fit(self, reduce=lambda tensor: tensor) -> dict:  # `reduce` sums over processes
         "Means over all texts."
@@ -144,7 +148,11 @@ class ConstrainedStopping(TrainerCallback):
     def __init__(self, trainer, patience: int = 0): self.trainer, self.patience = trainer, patience  # 0: never stops early
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.warming_up: control.should_evaluate = False      # there is no tau yet to be judged by
+        if args.eval_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps: control.should_evaluate = True  # the last model too
+        self._wait_for_tau(control)
+
+    def on_epoch_end(self, args, state, control, **kwargs): self._wait_for_tau(control)
+    def _wait_for_tau(self, control): control.should_evaluate = control.should_evaluate and not self.trainer.warming_up
 
     def on_evaluate(self, args, state, control, **kwargs):
         if not self.patience or self.trainer.warming_up: return

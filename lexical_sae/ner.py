@@ -99,6 +99,7 @@ class TaggingTrainer(LexicalTrainer):
         "Every term that is on at this step; scalars."
         state, args = outputs.state, self.args
         terms = {'ce': outputs.loss}
+        if self.teacher is not None: terms['distillation'] = self._distil(state.logits, self.teacher[example_id][tuple(state.index.T)])
         if self.reference is not None and args.anchor_weight: terms['anchor'] = self._anchor(state, inputs, example_id)
         if self.warming_up: return terms
         if args.completeness_weight:

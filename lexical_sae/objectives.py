@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['band_weight', 'sparsity_loss', 'l1_loss', 'flops_loss', 'strongest_answers', 'answer_change', 'completeness_loss',
            'AttributionCentroidTracker', 'separation_loss', 'LearnedMargin', 'centroid_cosine', 'open_words',
-           'anchor_loss', 'masked_language_loss', 'FeatureFrequencyTracker', 'revival_loss']
+           'anchor_loss', 'distillation_loss', 'masked_language_loss', 'FeatureFrequencyTracker', 'revival_loss']
 
 # %% ../nbs/02a_objectives.ipynb #616958ba
 import math
@@ -172,6 +172,18 @@ def anchor_loss(
     "Mean excess of the open words over the frozen reference; 0 for a text without open words."
     excess = torch.where(mask, F.relu(z - z0 - margin), 0.)
     return (excess.sum(-1)/mask.sum(-1).clamp(min=1)).mean()
+
+# %% ../nbs/02a_objectives.ipynb #c7957682
+def distillation_loss(
+    logits: Tensor,             # [N,C]
+    teacher: Tensor,            # [N,C] logits of the dense twin
+    temperature: float = 2.,    # T
+    multilabel: bool = False,   # every class is a yes or no of its own
+) -> Tensor:                    # []
+    "Divergence from the teacher's softened answers (1503.02531)."
+    if multilabel: logits, teacher = (torch.stack([torch.zeros_like(x), x], -1).flatten(0, -2) for x in (logits, teacher))   # [N*C,2]
+    student, teacher = (logits/temperature).log_softmax(-1), (teacher.to(logits.dtype)/temperature).log_softmax(-1)
+    return temperature**2*F.kl_div(student, teacher, log_target=True, reduction='batchmean')
 
 # %% ../nbs/02a_objectives.ipynb #8e3e7a2d
 def masked_language_loss(

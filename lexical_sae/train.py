@@ -22,9 +22,10 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from .geco import GECOController, tau_from_accuracy
 from .grounding import FrozenReference
+from .level import LevelController, set_dropout
 from .model import LexicalSAEForSequenceClassification
 from .objectives import (AttributionCentroidTracker, FeatureFrequencyTracker, LearnedMargin, anchor_loss, band_weight,
-                                    centroid_cosine, completeness_loss, flops_loss, l1_loss, masked_language_loss, open_words, revival_loss,
+                                    centroid_cosine, completeness_loss, distillation_loss, flops_loss, l1_loss, masked_language_loss, open_words, revival_loss,
                                     separation_loss, sparsity_loss, strongest_answers)
 from .optimisation import build_optimizer, centralize_gradients, evaluation_mode, parameter_groups
 from .targets import class_weights, is_multilabel
@@ -51,6 +52,12 @@ class LexicalTrainingArguments(TrainingArguments):
     mlm_weight: float = field(default=0., metadata={'help': "weight of the masked-language-model loss on the batch"})
     gradient_centralization: bool = field(default=False, metadata={'help': 'subtract the mean of matrix gradients (2004.01461)'})
     band_weight: float = field(default=1., metadata={'help': 'weight of the sparsity band'})
+    level_rate: float = field(default=.02, metadata={'help': 'how fast the common level of the thresholds follows the schedule of k; 0: thresholds are left to their gradients'})
+    active_hold: float = field(default=.3, metadata={'help': 'share of steps before k begins to fall towards K'})
+    active_until: float = field(default=.7, metadata={'help': 'share of steps after which k is held at K'})
+    backbone_dropout: float|None = field(default=0., metadata={'help': "dropout inside the backbone; None: the checkpoint's own"})
+    distillation_weight: float = field(default=.5, metadata={'help': "share of the dense twin's answers in what is fitted, where a teacher is given"})
+    distillation_temperature: float = field(default=2., metadata={'help': 'softens the answers of both (1503.02531)'})
     dual_rate: float = field(default=.02, metadata={'help': 'eta of GECO per step'})
     gate_learning_rate: float|None = field(default=None, metadata={'help': 'on log theta; None: 0.5 / steps, so that theta moves by tens of percent'})
     head_multiplier: float = field(default=10., metadata={'help': "the head's learning rate as a multiple of the backbone's"})
@@ -73,12 +80,15 @@ class LexicalTrainingArguments(TrainingArguments):
     def schedule_free(self) -> bool: return str(getattr(self.optim, 'value', self.optim)) == 'schedule_free_adamw'
 
 # %% ../nbs/02c_train.ipynb #16052c42
+_LOOK_EVERY, _LOOK_BATCHES = 10, 3   # steps between two looks at held-out texts; batches that take turns
+
 class LexicalTrainer(Trainer):
     "Trains a `LexicalSAEForSequenceClassification` under GECO, grounded by the frozen reference."
     def __init__(self,
         model: LexicalSAEForSequenceClassification,
         args: LexicalTrainingArguments,
         reference: FrozenReference|None = None,  # default: a copy of the model as it is now
+        teacher: Tensor|None = None,             # [n,C] logits of the dense twin, by `example_id`
         **kwargs,                                # of `transformers.Trainer`
     ):
         if kwargs.get('data_collator') is None and model.tokenizer is not None: kwargs['data_collator'] = DataCollatorWithPadding(model.tokenizer)
@@ -91,6 +101,9 @@ class LexicalTrainer(Trainer):
         self.geco = GECOController(tau, args.dual_rate, active_target=args.active_target)
         self.centroids = AttributionCentroidTracker(model.config.num_labels, model.num_dims).to(args.device)
         self.margin, self.frequencies = LearnedMargin(), FeatureFrequencyTracker(model.num_dims).to(args.device)
+        self.level = LevelController(args.active_target, args.active_hold, args.active_until, args.level_rate) if args.level_rate else None
+        self.teacher = None if teacher is None else teacher.to(args.device)
+        if args.backbone_dropout is not None: set_dropout(model.backbone, args.backbone_dropout)
         self.active_ema, self.terms, self.step_terms, self._staging, self._fitter, self.choice = None, {}, [], None, None, None
         self.add_callback(_DualStep(self)); self.add_callback(ConstrainedStopping(self, args.patience))
 
@@ -125,6 +138,7 @@ class LexicalTrainer(Trainer):
         "Every term that is on at this step; scalars."
         state, args = outputs.state, self.args
         terms = {'ce': outputs.loss}
+        if self.teacher is not None: terms['distillation'] = self._distil(state.logits, self.teacher[example_id])
         if self.reference is not None and args.anchor_weight: terms['anchor'] = self._anchor(state, inputs, example_id)
         if args.mlm_weight: terms['mlm'] = masked_language_loss(self._net, inputs['input_ids'], inputs['attention_mask'])
         self._count_open(state)
@@ -145,11 +159,15 @@ class LexicalTrainer(Trainer):
         "The Lagrangian; anchor and language model stand beside it and act from the first step."
         args = self.args
         beside = sum(w*terms[k] for k, w in (('anchor', args.anchor_weight), ('mlm', args.mlm_weight)) if k in terms)
-        if self.warming_up: return terms['ce'] + beside
+        fit, share = terms['ce'], args.distillation_weight
+        if 'distillation' in terms: fit = (1 - share)*fit + share*terms['distillation']
+        if self.warming_up: return fit + beside
         weights = dict(completeness=args.completeness_weight, separation=args.separation_weight, band=self._band(), flops=args.flops_weight,
                        revival=args.revival_weight)
         objective = sum((w*terms[k] for k, w in weights.items() if k in terms), start=terms['ce']*0)
-        return self.geco.combine(objective, terms['ce']) + beside
+        return self.geco.combine(objective, fit) + beside
+
+    def _distil(self, logits, teacher): return distillation_loss(logits, teacher, self.args.distillation_temperature, self.multilabel)
 
     def _separation(self, state, labels):
         part = state.attribution(labels)                                 # [B,V]
@@ -209,9 +227,30 @@ class LexicalTrainer(Trainer):
         self.active_ema = mean['active'] if self.active_ema is None else .95*self.active_ema + .05*mean['active']
         if self.warming_up: self.geco.observe(mean['ce'])
         else: self.geco.update(mean['ce'], self.active_ema)
+        self._follow_schedule(mean['active'])
         if self.active_ema < .5:
             raise RuntimeError(f"All gates closed at step {self.state.global_step}: the model sees no words. Lower the learning rates "
                                "(head_multiplier, learning_rate, gate_learning_rate), or raise anchor_margin.")
+
+    def _follow_schedule(self, active):
+        "Move the common level of the thresholds; now and then look at held-out texts, where more words open."
+        if self.level is None: return
+        step = self.state.global_step
+        self.level.step(self._net.activation, active, step/self.state.max_steps)
+        if self.eval_dataset is not None and step % _LOOK_EVERY == 0: self.level.observe_held_out(self._held_out_active(step//_LOOK_EVERY - 1))
+
+    @torch.no_grad()
+    def _held_out_active(self, turn):
+        "Open words of one batch of the held-out texts, in evaluation mode; the first few batches take turns."
+        size, n = self.args.per_device_eval_batch_size, len(self.eval_dataset)
+        at = turn % max(1, min(_LOOK_BATCHES, n//size))*size
+        batch = self.data_collator([self.eval_dataset[i] for i in range(at, min(at + size, n))])
+        self._net.eval()
+        with self.compute_loss_context_manager():
+            inputs = {k: v for k, v in self._prepare_inputs(batch).items() if k in ('input_ids', 'attention_mask', 'labels')}
+            active = self._net(**inputs).state.num_active.float().mean().item()
+        self._net.train()
+        return active
 
     def log(self, logs, *args, **kwargs):
         if 'loss' in logs and self.terms:
@@ -291,7 +330,9 @@ class LexicalTrainer(Trainer):
         os.replace(written, final/written.name)
         rotate_checkpoints(str(final), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
 
-    def _method(self): return nn.ModuleDict(dict(geco=self.geco, centroids=self.centroids, margin=self.margin, frequencies=self.frequencies))
+    def _method(self):
+        parts = dict(geco=self.geco, centroids=self.centroids, margin=self.margin, frequencies=self.frequencies)
+        return nn.ModuleDict(parts if self.level is None else parts | dict(level=self.level))
 
     def _save_method(self, folder):
         "Constraint, trackers and the moving average of k."

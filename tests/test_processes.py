@@ -1,0 +1,68 @@
+"Two processes train as one: what the method keeps is identical on each, and equal to a single process on the same global batch."
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ROOT/'tests/training_run.py'
+ENV = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', TOKENIZERS_PARALLELISM='false')
+
+def free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+def start(folder, *options, processes=1):
+    launch = [sys.executable, RUN] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(processes), '--master-addr', '127.0.0.1',
+                                                           '--master-port', str(free_port()), RUN]
+    return subprocess.run([*map(str, launch), str(folder), *options], capture_output=True, text=True, env=ENV, timeout=240)
+
+def ended(folder, rank=0): return json.loads((Path(folder)/f'ends{rank}.json').read_text())
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "One process with batches of 16, and two with batches of 8 that also write checkpoints."
+    one, two = tmp_path_factory.mktemp('one'), tmp_path_factory.mktemp('two')
+    for run in (start(one, 'held_out=true'),
+                start(two, 'per_device_train_batch_size=8', 'held_out=true', 'save_strategy="steps"', 'save_steps=6', 'save_total_limit=2', 'ddp_backend="gloo"', processes=2)):
+        assert not run.returncode, run.stderr[-3000:]
+    return one, two
+
+@pytest.mark.slow
+def test_state_is_identical_on_each_process(runs):
+    a, b = ended(runs[1], 0), ended(runs[1], 1)
+    assert {'geco.log_lambda', 'geco.tau', 'centroids.centroids', 'frequencies.frequency', 'frequencies.start', 'margin.margin'} <= set(a['method'])
+    assert a['method'] == b['method'] and a['active'] == b['active'] and a['step'] == b['step'] == 24
+    assert a['weights'] == b['weights']
+    assert {k: a['evaluation'][k] for k in ('eval_ce', 'eval_active', 'eval_reference_share')} == {k: b['evaluation'][k] for k in ('eval_ce', 'eval_active', 'eval_reference_share')}
+
+@pytest.mark.slow
+def test_two_processes_equal_one_on_the_same_global_batch(runs):
+    one, two = ended(runs[0]), ended(runs[1])
+    assert one['method'].keys() == two['method'].keys()
+    for k in ('geco.log_lambda', 'geco.tau', 'geco.gap', 'frequencies.start', 'frequencies.frequency', 'centroids.centroids'):
+        assert two['method'][k] == pytest.approx(one['method'][k], rel=2e-3, abs=2e-3), k
+    assert two['active'] == pytest.approx(one['active'], rel=1e-3)
+    assert two['weights'] == pytest.approx(one['weights'], rel=1e-3, abs=1e-3)   # Adam makes steps of rounding errors in biases without a gradient
+    assert [h['lambda'] for h in two['log']] == pytest.approx([h['lambda'] for h in one['log']], rel=1e-3)
+    assert any('band' in h for h in two['log'])                          # the term that is a logarithm of a mean was on
+    for k in ('eval_ce', 'eval_accuracy', 'eval_active', 'eval_reference_share'):
+        assert two['evaluation'][k] == pytest.approx(one['evaluation'][k], rel=1e-3, abs=1e-4), k
+
+@pytest.mark.slow
+def test_two_processes_write_whole_checkpoints_and_resume(runs):
+    folder = runs[1]
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ['checkpoint-18', 'checkpoint-24']        # the limit is kept
+    files = {p.name for p in (folder/'checkpoint-18').iterdir()}
+    assert {'method.safetensors', 'model.safetensors', 'optimizer.pt', 'rng_state_0.pth', 'rng_state_1.pth', 'trainer_state.json'} <= files
+    whole = ended(folder)
+    for f in (folder/'checkpoint-24').iterdir(): f.unlink()
+    (folder/'checkpoint-24').rmdir()
+    run = start(folder, 'per_device_train_batch_size=8', 'held_out=true', 'save_strategy="steps"', 'save_steps=6', 'save_total_limit=2', 'ddp_backend="gloo"', processes=2)
+    assert not run.returncode, run.stderr[-3000:]
+    again = ended(folder)
+    assert [h['ce'] for h in again['log']] == pytest.approx([h['ce'] for h in whole['log']], rel=1e-4)
+    assert again['method']['geco.log_lambda'] == pytest.approx(whole['method']['geco.log_lambda'], rel=1e-5)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['padded_rows', 'circuit_logits', 'masked_logits', 'topk_mask', 'tag_completeness_loss', 'tag_sparsity_loss',
            'tag_anchor_loss', 'TaggingTrainer', 'start_at_prior', 'tagging_tokenizer', 'check_sentences', 'WordBatch',
-           'word_batches', 'tag_batches', 'PredictionCollector', 'predict_tags', 'DenseTagger', 'predict_dense_tags']
+           'word_batches', 'tag_batches', 'PredictionCollector', 'predict_tags', 'DenseTagger', 'predict_dense_tags',
+           'dense_tag_logits']
 
 # %% ../nbs/03_ner.ipynb #d869acfc
 from collections.abc import Iterator
@@ -91,9 +92,9 @@ def tag_anchor_loss(
 # %% ../nbs/03_ner.ipynb #797ca14e
 class TaggingTrainer(LexicalTrainer):
     "Trains a `LexicalSAEForTokenClassification`: the losses of chapter 02a, per word."
-    def __init__(self, model: LexicalSAEForTokenClassification, args, reference=None, **kwargs):
+    def __init__(self, model: LexicalSAEForTokenClassification, args, reference=None, teacher=None, **kwargs):   # teacher [n,L,C]
         if kwargs.get('data_collator') is None: kwargs['data_collator'] = DataCollatorForTokenClassification(model.tokenizer)
-        super().__init__(model, args, reference, **kwargs)
+        super().__init__(model, args, reference, teacher, **kwargs)
 
     def loss_terms(self, outputs, inputs, example_id=None) -> dict:
         "Every term that is on at this step; scalars."
@@ -236,3 +237,21 @@ def predict_dense_tags(model: DenseTagger, tokenizer: PreTrainedTokenizerBase, s
     for batch in word_batches(tokenizer, sentences, limit, batch_size, model.head.weight.device):
         collector.update(batch, model(**batch.encoding).logits[batch.first])
     return collector.fit()
+
+@torch.no_grad()
+def dense_tag_logits(
+    model: DenseTagger,
+    dataset,              # tokenised: input_ids, attention_mask, labels, by `example_id`
+    collator: DataCollatorForTokenClassification,
+    batch_size: int = 64,
+) -> Tensor:              # [n,L,C] in the order of the dataset; 0 beyond a sentence's end
+    "What the dense twin says of every token: a teacher for `TaggingTrainer`."
+    model.eval()
+    device, length = model.head.weight.device, [len(dataset[i]['input_ids']) for i in range(len(dataset))]
+    order, logits = sorted(range(len(dataset)), key=lambda i: -length[i]), torch.zeros(len(dataset), max(length), model.head.out_features)
+    for i in tqdm(range(0, len(order), batch_size), desc='teacher', disable=len(order) < 20*batch_size, mininterval=5):
+        rows = order[i:i + batch_size]
+        batch = collator([{k: dataset[j][k] for k in ('input_ids', 'attention_mask', 'labels')} for j in rows])
+        found = model(batch['input_ids'].to(device), batch['attention_mask'].to(device)).logits.float().cpu()
+        logits[rows, :found.shape[1]] = found
+    return logits

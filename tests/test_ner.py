@@ -12,13 +12,13 @@ from hypothesis import given, settings, strategies as st
 from seqeval.metrics import classification_report
 from seqeval.scheme import IOB2
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, pipeline
+from transformers import DataCollatorForTokenClassification, BertConfig, BertForMaskedLM, BertTokenizerFast, pipeline
 
 from lexical_sae.dla import identity_error
 from lexical_sae.entities import EntityScores, TagPredictions, entity_counts, entity_errors, entity_scores, paired_f1, spans, tag_calibration
 from lexical_sae.grounding import FrozenReference
 from lexical_sae.model import LexicalSAEForTokenClassification
-from lexical_sae.ner import DenseTagger, TaggingTrainer, predict_dense_tags, predict_tags, start_at_prior, tag_batches, tagging_tokenizer, word_batches
+from lexical_sae.ner import DenseTagger, TaggingTrainer, dense_tag_logits, predict_dense_tags, predict_tags, start_at_prior, tag_batches, tagging_tokenizer, word_batches
 from lexical_sae.tag_explain import TagCircuitFitter, TagGroundingFitter, explain_entities
 from lexical_sae.train import LexicalTrainingArguments
 
@@ -162,6 +162,22 @@ def test_dense_twin_tags_every_word(tokenizer):
     twin = DenseTagger(encoder, 5).eval()
     found = predict_dense_tags(twin, tokenizer, SENTENCES, TAGS, 32)
     assert [len(t) for t in found.tags] == [4, 3, 1] and all(.2 <= p <= 1 for s in found.probability for p in s)
+
+def test_dense_twin_teaches_token_by_token(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    encoder = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=32)).bert
+    twin = DenseTagger(encoder, 5)
+    data = [dict(input_ids=[2, 7, 3], attention_mask=[1]*3, labels=[-100, 1, -100], example_id=0, length=3),
+            dict(input_ids=[2, 7, 8, 9, 3], attention_mask=[1]*5, labels=[-100, 1, 2, 0, -100], example_id=1, length=5)]
+    found = dense_tag_logits(twin, data, DataCollatorForTokenClassification(tokenizer), batch_size=2)
+    assert found.shape == (2, 5, 5)
+    with torch.no_grad():
+        for i, row in enumerate(data): torch.testing.assert_close(found[i, :row['length']], twin(torch.tensor([row['input_ids']])).logits[0], atol=1e-5, rtol=1e-5)
+    args = LexicalTrainingArguments(str(tmp_path), max_steps=2, logging_steps=1, save_strategy='no', report_to='none', disable_tqdm=True, use_cpu=True)
+    trainer = TaggingTrainer(tagger(tokenizer), args, teacher=found, train_dataset=data, data_collator=DataCollatorForTokenClassification(tokenizer))
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first['distillation'] > 0 and first['loss'] == pytest.approx(.5*(first['ce'] + first['distillation']) + first['anchor'], abs=1e-3)
 
 def test_probabilities_of_one_bin():
     found = tag_calibration([['O', 'B-X']], TagPredictions([['O', 'O']], [[1., 1.]]))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'TrainingConfig', 'Setup', 'with_validation', 'set_up', 'Trained', 'common_arguments', 'arguments_for',
-           'timed', 'train_model', 'setup_and_train', 'measure_trained', 'train_dense', 'run_arm', 'right_of']
+           'timed', 'train_model', 'setup_and_train', 'measure_trained', 'train_dense', 'run_arm', 'arms_table',
+           'right_of']
 
 # %% ../nbs/02ca_setup.ipynb #adbee4e3
 import json
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import DatasetDict
 from transformers import AutoModel, DataCollatorWithPadding, TrainingArguments, set_seed
@@ -29,7 +31,7 @@ from .grounding import FrozenReference, WordAssociations, measure_grounding
 from .head_start import start_head, unfold_head
 from .model import LexicalSAEForSequenceClassification
 from .optimisation import automatic_batch_size, learning_rate_range_test
-from .results import atomic_write, plain, read_results, write_results
+from .results import atomic_write, paired_bootstrap, plain, read_results, write_results
 from .targets import right_answers
 from .train import LexicalTrainer, LexicalTrainingArguments
 from .watch import ProgressLines
@@ -245,6 +247,22 @@ def run_arm(
     atomic_write(out/'right.json', json.dumps(right))
     return write_results(out, experiment=name, command=command, data=data_record(config.dataset_name, setup.data), backbone=config.model_name, seed=config.seed,
                          parameters=parameters, metrics=metrics, curves=curves)
+
+def arms_table(
+    folders: dict[str, str|Path],   # name of the arm -> its folder; arms that have not run are left out
+    against: str|None = None,       # the arm that the others are compared with, on the same test texts
+) -> pd.DataFrame:                  # one row an arm; the interval of the difference is a paired bootstrap's
+    "What arms reached, from their results."
+    done = {name: Path(f) for name, f in folders.items() if (Path(f)/'results.json').exists()}
+    columns = ('accuracy', 'active_dims', 'reference_share', 'input_share', 'association_agreement', 'lexicon_agreement', 'identity_error', 'words_ever_active', 'step_seconds')
+    rows = {}
+    for name, folder in done.items():
+        metrics = read_results(folder)['metrics']
+        rows[name] = {k: metrics[k] for k in columns if k in metrics}
+        if against in done and name != against:
+            gap = paired_bootstrap(right_of(folder), right_of(done[against]))
+            rows[name] |= {f'minus {against}': gap.mean, 'low': gap.low, 'high': gap.high}
+    return pd.DataFrame.from_dict(rows, orient='index')
 
 def right_of(folder: str|Path) -> np.ndarray:  # [n] 0 or 1
     "Which test texts an arm classified correctly, for paired comparisons."

@@ -59,6 +59,7 @@ class LexicalTrainingArguments(TrainingArguments):
     distillation_weight: float = field(default=.5, metadata={'help': "share of the dense twin's answers in what is fitted, where a teacher is given"})
     distillation_temperature: float = field(default=2., metadata={'help': 'softens the answers of both (1503.02531)'})
     dual_rate: float = field(default=.02, metadata={'help': 'eta of GECO per step'})
+    tau_relax: float = field(default=.5, metadata={'help': 'share by which tau may grow while texts open far more than K words; 0: never'})
     gate_learning_rate: float|None = field(default=None, metadata={'help': 'on log theta; None: 0.5 / steps, so that theta moves by tens of percent'})
     head_multiplier: float = field(default=10., metadata={'help': "the head's learning rate as a multiple of the backbone's"})
     label_smoothing: float = field(default=.05, metadata={'help': 'shared by the cross-entropy and tau'})
@@ -98,7 +99,7 @@ class LexicalTrainer(Trainer):
         if reference is None and (args.anchor_weight or args.load_best_model_at_end): reference = FrozenReference.of(model)
         self.reference = ReferenceCache(reference.to(args.device), args.reference_cache_mib) if reference is not None else None
         tau = None if args.target_accuracy is None else tau_from_accuracy(args.target_accuracy, model.config.num_labels, args.label_smoothing, self.multilabel)
-        self.geco = GECOController(tau, args.dual_rate, active_target=args.active_target)
+        self.geco = GECOController(tau, args.dual_rate, active_target=args.active_target, relax=args.tau_relax)
         self.centroids = AttributionCentroidTracker(model.config.num_labels, model.num_dims).to(args.device)
         self.margin, self.frequencies = LearnedMargin(), FeatureFrequencyTracker(model.num_dims).to(args.device)
         self.level = LevelController(args.active_target, args.active_hold, args.active_until, args.level_rate) if args.level_rate else None

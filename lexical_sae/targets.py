@@ -44,7 +44,8 @@ def right_answers(
 # %% ../nbs/01aa_targets.ipynb #fcdbdf3e
 def check_labels(labels: Tensor, num_labels: int) -> Tensor:
     "Refuse class ids outside the range; -100 is ignored by the loss and allowed."
-    if labels.is_floating_point(): raise ValueError("Labels must be whole class ids: a yes or no for each class needs problem_type='multi_label_classification'.")
+    if labels.is_floating_point():
+        raise ValueError("Labels must be whole class ids: a yes or no for each class needs problem_type='multi_label_classification'.")
     bad = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
     if len(bad): raise ValueError(f"Label {int(bad[0])} is outside 0..{num_labels - 1}: set num_labels, or map the labels first.")
     return labels
@@ -94,11 +95,13 @@ def class_weights(
 ) -> Tensor:                             # [C]; ValueError for a class without an example
     "The weight of each class (of its yes, where every class is a yes or no)."
     if not isinstance(weights, str):
-        if len(weights) != num_labels or min(weights) <= 0: raise ValueError(f"class_weights needs {num_labels} numbers above 0, got {list(weights)}.")
+        if len(weights) != num_labels or min(weights) <= 0:
+            raise ValueError(f"class_weights needs {num_labels} numbers above 0, got {list(weights)}.")
         return torch.tensor(weights, dtype=torch.float)
     if weights != 'balanced': raise ValueError(f"Unknown class_weights '{weights}': give 'balanced' or {num_labels} numbers.")
     labels = torch.as_tensor(labels)
     yes = labels.reshape(len(labels), num_labels).sum(0) if multilabel else torch.bincount(labels, minlength=num_labels)   # [C]
     if (yes == 0).any() or multilabel and (yes == len(labels)).any():
-        raise ValueError("class_weights='balanced' needs examples of every class (and, for a yes or no, of both answers): drop the class, or give numbers.")
+        raise ValueError("class_weights='balanced' needs examples of every class (and, for a yes or no, of both answers): "
+                         "drop the class, or give numbers.")
     return (len(labels) - yes)/yes if multilabel else len(labels)/(num_labels*yes)

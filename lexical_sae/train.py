@@ -63,12 +63,13 @@ class LexicalTrainingArguments(TrainingArguments):
     gate_learning_rate: float|None = field(default=None, metadata={'help': 'on log theta; None: 0.5 / steps, so that theta moves by tens of percent'})
     head_multiplier: float = field(default=10., metadata={'help': "the head's learning rate as a multiple of the backbone's"})
     label_smoothing: float = field(default=.05, metadata={'help': 'shared by the cross-entropy and tau'})
-    class_weights: str|list|None = field(default=None, metadata={'help': '"balanced" or a number for each class; of the yes where every class is a yes or no'})
+    class_weights: str|list|None = field(default=None, metadata={'help': '"balanced", or a number for each class (or its yes)'})
     patience: int = field(default=0, metadata={'help': 'stop after so many evaluations without a better model; 0: never'})
     reference_cache_mib: int = field(default=2048, metadata={'help': 'memory for the hidden states of the frozen reference; 0: recompute them'})
 
     def __post_init__(self):
-        if self.load_best_model_at_end and self.metric_for_best_model is None: self.metric_for_best_model, self.greater_is_better = 'constrained', True
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model, self.greater_is_better = 'constrained', True
         super().__post_init__()
         self.remove_unused_columns = False   # example_id belongs to the reference's cache
         if self.schedule_free: self.lr_scheduler_type = 'constant'       # it ramps and averages by itself
@@ -98,7 +99,8 @@ class LexicalTrainer(Trainer):
         self._weigh_classes(model)
         if reference is None and (args.anchor_weight or args.load_best_model_at_end): reference = FrozenReference.of(model)
         self.reference = ReferenceCache(reference.to(args.device), args.reference_cache_mib) if reference is not None else None
-        tau = None if args.target_accuracy is None else tau_from_accuracy(args.target_accuracy, model.config.num_labels, args.label_smoothing, self.multilabel)
+        tau = None if args.target_accuracy is None else tau_from_accuracy(args.target_accuracy, model.config.num_labels, args.label_smoothing,
+                                                                          self.multilabel)
         self.geco = GECOController(tau, args.dual_rate, active_target=args.active_target, relax=args.tau_relax)
         self.centroids = AttributionCentroidTracker(model.config.num_labels, model.num_dims).to(args.device)
         self.margin, self.frequencies = LearnedMargin(), FeatureFrequencyTracker(model.num_dims).to(args.device)
@@ -112,7 +114,8 @@ class LexicalTrainer(Trainer):
         "Weights of the classes, from the training labels; what a yes or no for each class has no meaning for is refused."
         args = self.args
         if self.multilabel and (args.separation_weight or args.completeness_against != 'kl'):
-            raise ValueError("Where every class is a yes or no, circuits have no single class: set separation_weight=0 and completeness_against='kl'.")
+            raise ValueError("Where every class is a yes or no, circuits have no single class: "
+                             "set separation_weight=0 and completeness_against='kl'.")
         if args.class_weights is None: return
         labels = [row['labels'] for row in self.train_dataset]
         model.class_weights = class_weights(labels, model.config.num_labels, args.class_weights, self.multilabel)
@@ -258,7 +261,8 @@ class LexicalTrainer(Trainer):
             logs |= {k: sum(v)/len(v) for k, v in self.terms.items()}
             gate = self._net.activation
             theta = gate.theta[gate.allowed]
-            logs |= {'lambda': self.geco.lambda_ce, 'theta': gate.theta.mean().item(), 'theta_min': theta.min().item(), 'theta_max': theta.max().item()}
+            logs |= {'lambda': self.geco.lambda_ce, 'theta': gate.theta.mean().item(), 'theta_min': theta.min().item(),
+                'theta_max': theta.max().item()}
             if self.frequencies.texts: logs['dead'] = int(self.frequencies.dead(.1*self.args.sparsity_target).sum())
             if self.geco.started: logs['tau'] = self.geco.relaxed_tau(self.active_ema)
             self.terms = {}
@@ -279,7 +283,8 @@ class LexicalTrainer(Trainer):
     def _judged(self, found):
         "tau and the score by which a model is kept, once there is a constraint."
         tau, K = self.geco.tau.item(), self.args.active_target
-        return {} if math.isnan(tau) else dict(tau=tau, constrained=constrained_score(found['ce'], tau, found['active'], K, found.get('reference_share', 0.)))
+        return {} if math.isnan(tau) else dict(tau=tau, constrained=constrained_score(found['ce'], tau, found['active'], K,
+            found.get('reference_share', 0.)))
 
     # ---- optimiser -------------------------------------------------------------------------------------------
     def create_optimizer(self, model=None):
@@ -345,7 +350,8 @@ class LexicalTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None: return
         path = Path(checkpoint)/'method.safetensors'
-        if not path.exists(): raise FileNotFoundError(f"{checkpoint} was not written by this trainer (it has no method.safetensors): choose another checkpoint.")
+        if not path.exists():
+            raise FileNotFoundError(f"{checkpoint} was not written by this trainer (it has no method.safetensors): choose another checkpoint.")
         state = load_file(path)
         active = state.pop('active_ema').item()
         self.active_ema = None if math.isnan(active) else active

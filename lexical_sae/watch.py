@@ -177,6 +177,7 @@ class ProgressLines(TrainerCallback):
         spent = time.perf_counter() - self.start
         left = spent/max(1, state.global_step)*(state.max_steps - state.global_step)
         parts = [f'step {state.global_step:5d}/{state.max_steps}', f"loss {float(logs['loss']):.3f}"]
-        for key, name, form in (('ce', 'ce', '.3f'), ('tau', 'tau', '.3f'), ('lambda', 'lambda', '.2f'), ('active', 'words', '.0f'), ('anchor', 'anchor', '.3f')):
+        for key, name, form in (('ce', 'ce', '.3f'), ('tau', 'tau', '.3f'), ('lambda', 'lambda', '.2f'), ('active', 'words', '.0f'),
+            ('anchor', 'anchor', '.3f')):
             if key in logs: parts.append(f'{name} {logs[key]:{form}}')
         print('  '.join(parts) + f'  {spent:.0f} s, {left:.0f} s left', flush=True)

@@ -16,7 +16,8 @@ def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
 def start(folder, *options, processes=1):
-    launch = [sys.executable, RUN] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(processes), '--master-addr', '127.0.0.1',
+    launch = [sys.executable, RUN] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(processes),
+        '--master-addr', '127.0.0.1',
                                                            '--master-port', str(free_port()), RUN]
     return subprocess.run([*map(str, launch), str(folder), *options], capture_output=True, text=True, env=ENV, timeout=240)
 
@@ -27,7 +28,8 @@ def runs(tmp_path_factory):
     "One process with batches of 16, and two with batches of 8 that also write checkpoints."
     one, two = tmp_path_factory.mktemp('one'), tmp_path_factory.mktemp('two')
     for run in (start(one, 'held_out=true'),
-                start(two, 'per_device_train_batch_size=8', 'held_out=true', 'save_strategy="steps"', 'save_steps=6', 'save_total_limit=2', 'ddp_backend="gloo"', processes=2)):
+                start(two, 'per_device_train_batch_size=8', 'held_out=true', 'save_strategy="steps"', 'save_steps=6', 'save_total_limit=2',
+                    'ddp_backend="gloo"', processes=2)):
         assert not run.returncode, run.stderr[-3000:]
     return one, two
 
@@ -37,7 +39,8 @@ def test_state_is_identical_on_each_process(runs):
     assert {'geco.log_lambda', 'geco.tau', 'centroids.centroids', 'frequencies.frequency', 'frequencies.start', 'margin.margin'} <= set(a['method'])
     assert a['method'] == b['method'] and a['active'] == b['active'] and a['step'] == b['step'] == 24
     assert a['weights'] == b['weights']
-    assert {k: a['evaluation'][k] for k in ('eval_ce', 'eval_active', 'eval_reference_share')} == {k: b['evaluation'][k] for k in ('eval_ce', 'eval_active', 'eval_reference_share')}
+    assert {k: a['evaluation'][k] for k in ('eval_ce', 'eval_active', 'eval_reference_share')} == {k: b['evaluation'][k] for k in ('eval_ce',
+        'eval_active', 'eval_reference_share')}
 
 @pytest.mark.slow
 def test_two_processes_equal_one_on_the_same_global_batch(runs):
@@ -61,7 +64,8 @@ def test_two_processes_write_whole_checkpoints_and_resume(runs):
     whole = ended(folder)
     for f in (folder/'checkpoint-24').iterdir(): f.unlink()
     (folder/'checkpoint-24').rmdir()
-    run = start(folder, 'per_device_train_batch_size=8', 'held_out=true', 'save_strategy="steps"', 'save_steps=6', 'save_total_limit=2', 'ddp_backend="gloo"', processes=2)
+    run = start(folder, 'per_device_train_batch_size=8', 'held_out=true', 'save_strategy="steps"', 'save_steps=6', 'save_total_limit=2',
+        'ddp_backend="gloo"', processes=2)
     assert not run.returncode, run.stderr[-3000:]
     again = ended(folder)
     assert [h['ce'] for h in again['log']] == pytest.approx([h['ce'] for h in whole['log']], rel=1e-4)

@@ -27,7 +27,8 @@ def collate(rows): return {k: torch.tensor([r[k] for r in rows]) for k in rows[0
 
 def model(dropout):
     set_seed(0)
-    backbone = BertForMaskedLM(BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=16,
+    backbone = BertForMaskedLM(BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16,
                                           initializer_range=.3, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.))
     return LexicalSAEForSequenceClassification.from_backbone(backbone, init_threshold=1., vocabulary='all', classifier_hidden=16)
 
@@ -50,9 +51,12 @@ def main(folder, *options):
     given = {k: json.loads(v) for k, v in given.items()}
     stop = {k: given.pop(k) for k in ('stop_in_checkpoint', 'stop_at_step') if k in given}
     dropout, held_out = given.pop('dropout', 0.), given.pop('held_out', False)
-    settings = dict(max_steps=24, per_device_train_batch_size=16, learning_rate=5e-3, logging_steps=1, report_to='none', save_strategy='no', use_cpu=True, disable_tqdm=True,
-                    active_target=4., anchor_margin=1., warmup_fraction=.25, revival_weight=.01, separation_weight=.1, dataloader_drop_last=True) | given
-    trainer = Slow(model(dropout), LexicalTrainingArguments(folder, **settings), train_dataset=texts(), eval_dataset=texts(32) if held_out else None, data_collator=collate, **stop)
+    settings = dict(max_steps=24, per_device_train_batch_size=16, learning_rate=5e-3, logging_steps=1, report_to='none', save_strategy='no',
+        use_cpu=True, disable_tqdm=True,
+                    active_target=4., anchor_margin=1., warmup_fraction=.25, revival_weight=.01,
+                    separation_weight=.1, dataloader_drop_last=True) | given
+    trainer = Slow(model(dropout), LexicalTrainingArguments(folder, **settings), train_dataset=texts(),
+        eval_dataset=texts(32) if held_out else None, data_collator=collate, **stop)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if os.path.isdir(folder) else None)
     method = {k: v.double().flatten().tolist() for k, v in trainer._method().state_dict().items() if not v.double().isnan().any()}

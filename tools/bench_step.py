@@ -1,4 +1,5 @@
-"""Median time of a whole training step (forward, losses, backward, optimiser) of a Lexical-SAE and of its dense twin, interleaved in one process; prints one JSON line.
+"""Median time of a whole training step (forward, losses, backward, optimiser) of a Lexical-SAE and of its dense twin,
+interleaved in one process; prints one JSON line.
 bench_step.py offline|bert-base [float32|bfloat16] [words a text opens] [steps]"""
 import contextlib, json, statistics, sys, tempfile, time, warnings
 
@@ -17,14 +18,16 @@ def models(which, words):
     "A Lexical-SAE and its dense twin on the offline backbone, or on random weights of BERT-base's shape."
     set_seed(0)
     tokenizer, settings = AutoTokenizer.from_pretrained(offline_backbone()), dict(initial_words=words, num_labels=C)
-    if which == 'offline': return LexicalSAEForSequenceClassification.from_backbone(str(offline_backbone()), **settings), AutoModel.from_pretrained(offline_backbone(), dtype=torch.float32)
+    make = LexicalSAEForSequenceClassification.from_backbone
+    if which == 'offline': return make(str(offline_backbone()), **settings), AutoModel.from_pretrained(offline_backbone(), dtype=torch.float32)
     config = BertConfig()
-    return LexicalSAEForSequenceClassification.from_backbone(BertForMaskedLM(config), tokenizer=tokenizer, check=False, **settings), BertModel(config, add_pooling_layer=False)
+    return make(BertForMaskedLM(config), tokenizer=tokenizer, check=False, **settings), BertModel(config, add_pooling_layer=False)
 
 def full_batch(model):
     "B texts of L tokens, of real sentences; the gates start where they open so many words of these."
     sentences = sample_sentences()
-    batch = model.tokenizer([' '.join(sentences[(i + j) % len(sentences)] for j in range(8)) for i in range(B)], truncation=True, max_length=L, padding='max_length', return_tensors='pt')
+    texts = [' '.join(sentences[(i + j) % len(sentences)] for j in range(8)) for i in range(B)]
+    batch = model.tokenizer(texts, truncation=True, max_length=L, padding='max_length', return_tensors='pt')
     model.start_threshold(model.tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True))
     return dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=torch.arange(B) % C)
 
@@ -53,12 +56,14 @@ def main(which, dtype='bfloat16', words='400', steps='9'):
         dense = DenseTrainer(twin, TrainingArguments(tmp, remove_unused_columns=False, **common))
         lexical = LexicalTrainer(ours, LexicalTrainingArguments(tmp, gate_learning_rate=1e-6, **common))
     in_the_middle(dense, twin); in_the_middle(lexical, ours)
-    kinds = {'dense': (dense, twin, batch), 'first_epoch': (lexical, ours, batch), 'lexical': (lexical, ours, batch | {'example_id': torch.arange(B)})}
+    kinds = {'dense': (dense, twin, batch), 'first_epoch': (lexical, ours, batch),
+        'lexical': (lexical, ours, batch | {'example_id': torch.arange(B)})}
     times = {k: [] for k in kinds}
     for _ in range(int(steps) + 1):
         for k, what in kinds.items(): times[k].append(one_step(*what, dtype))
     seconds = {k: statistics.median(v[1:]) for k, v in times.items()}       # the first step warms up
-    print(json.dumps(dict(backbone=which, dtype=str(dtype).split('.')[-1], words=round(sum(lexical.terms['active'])/len(lexical.terms['active'])), threads=torch.get_num_threads(),
+    print(json.dumps(dict(backbone=which, dtype=str(dtype).split('.')[-1], words=round(sum(lexical.terms['active'])/len(lexical.terms['active'])),
+        threads=torch.get_num_threads(),
                           **{f'{k}_seconds': round(v, 4) for k, v in seconds.items()}, ratio=round(seconds['lexical']/seconds['dense'], 2),
                           ratio_first_epoch=round(seconds['first_epoch']/seconds['dense'], 2))))
 

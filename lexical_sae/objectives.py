@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['band_weight', 'sparsity_loss', 'l1_loss', 'flops_loss', 'strongest_answers', 'answer_change', 'completeness_loss',
            'AttributionCentroidTracker', 'separation_loss', 'LearnedMargin', 'centroid_cosine', 'open_words',
-           'anchor_loss', 'distillation_loss', 'masked_language_loss', 'FeatureFrequencyTracker', 'revival_loss']
+           'anchor_loss', 'evidence_loss', 'strongest_rival', 'distillation_loss', 'masked_language_loss',
+           'FeatureFrequencyTracker', 'revival_loss']
 
 # %% ../nbs/02a_objectives.ipynb #616958ba
 import math
@@ -172,6 +173,20 @@ def anchor_loss(
     "Mean excess of the open words over the frozen reference; 0 for a text without open words."
     excess = torch.where(mask, F.relu(z - z0 - margin), 0.)
     return (excess.sum(-1)/mask.sum(-1).clamp(min=1)).mean()
+
+# %% ../nbs/02a_objectives.ipynb #56ad74f6
+def evidence_loss(
+    attribution: Tensor,  # [B,V] parts of the difference between the label's logit and its rival's
+    own: Tensor,          # [B,V] bool: words of the text
+    share: float = .42,   # wanted on the text's own words
+) -> Tensor:              # []
+    "Mean shortfall of the contributions on the text's own words."
+    size = attribution.abs()
+    return F.relu(share - (size*own).sum(-1)/size.sum(-1).clamp(min=1e-9)).mean()
+
+def strongest_rival(logits: Tensor, labels: Tensor) -> Tensor:           # [B,C], [B] -> [B]
+    "The best class that is not the label."
+    return logits.detach().scatter(1, labels[:, None], -torch.inf).argmax(-1)
 
 # %% ../nbs/02a_objectives.ipynb #c7957682
 def distillation_loss(

@@ -25,8 +25,8 @@ from .grounding import FrozenReference
 from .level import LevelController, set_dropout
 from .model import LexicalSAEForSequenceClassification
 from .objectives import (AttributionCentroidTracker, FeatureFrequencyTracker, LearnedMargin, anchor_loss, band_weight,
-                                    centroid_cosine, completeness_loss, distillation_loss, flops_loss, l1_loss, masked_language_loss, open_words, revival_loss,
-                                    separation_loss, sparsity_loss, strongest_answers)
+                                    centroid_cosine, completeness_loss, distillation_loss, evidence_loss, flops_loss, l1_loss, masked_language_loss, open_words, revival_loss,
+                                    separation_loss, sparsity_loss, strongest_answers, strongest_rival)
 from .optimisation import build_optimizer, centralize_gradients, evaluation_mode, parameter_groups
 from .targets import class_weights, is_multilabel
 from .watch import ConstrainedStopping, ProgressLines, ReferenceCache, ValidationFitter, constrained_score
@@ -41,6 +41,8 @@ class LexicalTrainingArguments(TrainingArguments):
     active_target: float = field(default=50., metadata={'help': 'K: ceiling of mean active words per text'})
     anchor_weight: float = field(default=1., metadata={'help': '0 switches grounding off'})
     anchor_margin: float = field(default=1.2, metadata={'help': 'how much louder than the reference a word may be, in spreads of z'})
+    evidence_weight: float = field(default=.5, metadata={'help': "weight of the evidence loss; 0: contributions may lie where they like"})
+    evidence_share: float = field(default=.42, metadata={'help': "share of the contributions wanted on the text's own words"})
     completeness_weight: float = field(default=.1, metadata={'help': 'weight of the circuit completeness loss'})
     completeness_against: str = field(default='kl', metadata={'help': '"kl" or "ce"'})
     separation_weight: float = field(default=0., metadata={'help': 'weight of the separation of class circuits'})
@@ -144,6 +146,7 @@ class LexicalTrainer(Trainer):
         terms = {'ce': outputs.loss}
         if self.teacher is not None: terms['distillation'] = self._distil(state.logits, self.teacher[example_id])
         if self.reference is not None and args.anchor_weight: terms['anchor'] = self._anchor(state, inputs, example_id)
+        if args.evidence_weight and not self.multilabel: terms['evidence'] = self._evidence(state, inputs)
         if args.mlm_weight: terms['mlm'] = masked_language_loss(self._net, inputs['input_ids'], inputs['attention_mask'])
         self._count_open(state)
         if self.warming_up: return terms
@@ -162,7 +165,7 @@ class LexicalTrainer(Trainer):
     def combine(self, terms: dict) -> Tensor:
         "The Lagrangian; anchor and language model stand beside it and act from the first step."
         args = self.args
-        beside = sum(w*terms[k] for k, w in (('anchor', args.anchor_weight), ('mlm', args.mlm_weight)) if k in terms)
+        beside = sum(w*terms[k] for k, w in (('anchor', args.anchor_weight), ('evidence', args.evidence_weight), ('mlm', args.mlm_weight)) if k in terms)
         fit, share = terms['ce'], args.distillation_weight
         if 'distillation' in terms: fit = (1 - share)*fit + share*terms['distillation']
         if self.warming_up: return fit + beside
@@ -210,6 +213,10 @@ class LexicalTrainer(Trainer):
         keep = self._net.keep_mask(inputs['input_ids'], inputs['attention_mask'])
         z0 = self.reference.reference.logits_at(h0, keep, ids)
         return anchor_loss(z, z0, mask, self.args.anchor_margin*self._net.activation.spread)
+
+    def _evidence(self, state, inputs):
+        own = torch.zeros_like(state.sparse_vector, dtype=torch.bool).scatter_(1, inputs['input_ids'], True)
+        return evidence_loss(state.attribution(inputs['labels'], strongest_rival(state.logits, inputs['labels'])), own, self.args.evidence_share)
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------
     def _record(self, terms, state):

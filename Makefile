@@ -6,9 +6,9 @@ SHELL  := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 # two workers side by side must not start as many threads each as there are cores
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-# large gradients are allocated anew in every step: huge pages make that cheap where the kernel offers them
+# large gradients are allocated anew in every step: huge pages make that cheap where the kernel offers them, and freed memory is kept instead of given back
 export THP_MEM_ALLOC_ENABLE = 1
-export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
+export GLIBC_TUNABLES = glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 
 .PHONY: help demo run test test-slow docs readme book edit bench clean
 .DEFAULT_GOAL := help

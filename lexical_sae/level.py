@@ -58,6 +58,21 @@ class LevelController(nn.Module):
         with torch.no_grad(): gate.log_theta.add_(move)
         return move
 
+    @torch.no_grad()
+    def settle(self,
+        gate: Gate,
+        measure,             # () -> open words of held-out texts, at the thresholds as they are
+        rounds: int = 6,
+        slope: float = 8.,   # by about so much log k falls when log theta rises by one
+    ) -> float:              # open words at the end
+        "After the last step: raise the level until held-out texts open no more than K words."
+        for _ in range(rounds):
+            active = measure()
+            excess = math.log(max(active, .5)/self.active_target)
+            if excess < .01: break
+            gate.log_theta.add_(excess/slope)
+        return active
+
 # %% ../nbs/02ac_level.ipynb #0dcb2c2c
 def set_dropout(
     module: nn.Module,   # a backbone

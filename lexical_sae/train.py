@@ -250,17 +250,25 @@ class LexicalTrainer(Trainer):
         self.level.step(self._net.activation, active, step/self.state.max_steps)
         if self.eval_dataset is not None and step % _LOOK_EVERY == 0: self.level.observe_held_out(self._held_out_active(step//_LOOK_EVERY - 1))
 
+    def settle_level(self):
+        "Hold K on the held-out texts, where there are any."
+        if self.level is None or self.eval_dataset is None: return
+        evaluation_mode(self.optimizer)                                  # schedule-free: the averaged weights are the model
+        turns = range(max(1, min(_LOOK_BATCHES, len(self.eval_dataset)//self.args.per_device_eval_batch_size)))
+        self.level.settle(self._net.activation, lambda: sum(self._held_out_active(t) for t in turns)/len(turns))
+
     @torch.no_grad()
     def _held_out_active(self, turn):
         "Open words of one batch of the held-out texts, in evaluation mode; the first few batches take turns."
         size, n = self.args.per_device_eval_batch_size, len(self.eval_dataset)
         at = turn % max(1, min(_LOOK_BATCHES, n//size))*size
         batch = self.data_collator([self.eval_dataset[i] for i in range(at, min(at + size, n))])
+        was_training = self._net.training
         self._net.eval()
         with self.compute_loss_context_manager():
             inputs = {k: v for k, v in self._prepare_inputs(batch).items() if k in ('input_ids', 'attention_mask', 'labels')}
             active = self._net(**inputs).state.num_active.float().mean().item()
-        self._net.train()
+        self._net.train(was_training)
         return active
 
     def log(self, logs, *args, **kwargs):
@@ -368,3 +376,4 @@ class _DualStep(TrainerCallback):
     "Calls the trainer's dual step after each optimiser step."
     def __init__(self, trainer): self.trainer = trainer
     def on_step_end(self, args, state, control, **kwargs): self.trainer.dual_step()
+    def on_train_end(self, args, state, control, **kwargs): self.trainer.settle_level()

@@ -1,4 +1,5 @@
 "What holds the house together: notebooks, parameter files, README, packaging."
+import ast
 import importlib.util
 import json
 import re
@@ -48,6 +49,20 @@ def test_chapter_opens_with_title_and_summary_and_has_no_errors(notebook):
     first = source(cells(notebook)[0])
     assert re.match(r'# .+\n\n?> .+', first)
     assert not [o for c in cells(notebook) for o in c.get('outputs', []) if o['output_type'] == 'error']
+
+def mixed_imports(code):
+    "Statements beside imports that need what other cells made: the documentation build runs a cell with an import, alone."
+    directives = {l[2:].split()[0].rstrip(':') for l in code.split('\n') if l.startswith('#|') and l[2:].split()}
+    if directives & {'export', 'exports', 'exporti', 'exec_doc'}: return []
+    tree = ast.parse('\n'.join('' if l.startswith(('%', '!')) else l for l in code.split('\n')))
+    imports = (ast.Import, ast.ImportFrom)
+    if not any(isinstance(n, imports) for n in ast.walk(tree)): return []
+    settings = lambda n: isinstance(n, ast.Expr) and isinstance(n.value, ast.Call) and ast.unparse(n.value.func).split('.')[0] in ('warnings', 'logging', 'nbdev')
+    return [ast.unparse(n) for n in tree.body if not isinstance(n, imports) and not settings(n)]
+
+@pytest.mark.parametrize('notebook', CHAPTERS, ids=lambda f: f.stem)
+def test_imports_stand_in_cells_of_their_own(notebook):
+    assert [m for c in cells(notebook) if c['cell_type'] == 'code' for m in mixed_imports(source(c))] == []
 
 def test_readme_is_made_from_the_index(): assert (ROOT/'README.md').read_text() == tool('readme').render()
 

@@ -10,7 +10,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false H
 export THP_MEM_ALLOC_ENABLE = 1
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 
-.PHONY: help demo run test test-slow docs readme book edit bench clean
+.PHONY: help demo run test test-slow paper docs readme book edit bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,6 +43,9 @@ test-slow: test ## also what takes minutes
 	@$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --flags slow --timing
 	@echo "== slow tests"
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q -m slow
+
+paper: .venv/ready ## figures and tables from paper/results; runs what is missing (tools/paper.py --list says what)
+	@$(BIN)/python tools/paper.py
 
 docs: .venv/ready readme ## build the site into _docs
 	@if command -v quarto >/dev/null; then $(BIN)/nbdev_docs; else echo "Quarto is not installed: pandoc preview"; $(BIN)/python tools/docs_preview.py; fi

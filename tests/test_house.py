@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import venv
@@ -63,6 +64,21 @@ def mixed_imports(code):
 @pytest.mark.parametrize('notebook', CHAPTERS, ids=lambda f: f.stem)
 def test_imports_stand_in_cells_of_their_own(notebook):
     assert [m for c in cells(notebook) if c['cell_type'] == 'code' for m in mixed_imports(source(c))] == []
+
+def test_paper_knows_what_is_missing_or_stale(tmp_path, monkeypatch):
+    paper = tool('paper')
+    assert all((ROOT/'paper/params'/f'{n}.yaml').exists() for n in paper.RUNS)
+    shutil.copytree(ROOT/'paper', tmp_path/'paper'); monkeypatch.setattr(paper, 'ROOT', tmp_path)
+    assert paper.state('demo') == 'ready'
+    file = tmp_path/'paper/params/demo.yaml'; file.write_text(file.read_text().replace('classifier_hidden: 256', 'classifier_hidden: 8'))
+    assert paper.state('demo') == 'stale (classifier_hidden changed)'
+    (tmp_path/'paper/results/demo.json').unlink(); assert paper.state('demo') == 'missing'
+    with pytest.raises(SystemExit, match='Unknown option --lst'): paper.main('--lst')
+
+@pytest.mark.slow
+def test_figures_are_drawn_from_the_committed_results():
+    subprocess.run([sys.executable, ROOT/'tools/paper.py', '--draw'], check=True, cwd=ROOT)
+    assert not subprocess.run(['git', 'status', '--porcelain', 'paper/figures'], check=True, cwd=ROOT, capture_output=True, text=True).stdout
 
 def test_readme_is_made_from_the_index(): assert (ROOT/'README.md').read_text() == tool('readme').render()
 

@@ -1,0 +1,50 @@
+"""Make the figures and tables of the paper: run what is missing or stale, then paper/figures.ipynb.
+
+paper.py          runs, then draws
+paper.py --list   says what it would run
+paper.py --draw   draws from the results that are there
+"""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+# in this order: later experiments read the models of earlier ones
+RUNS = ['demo', 'conll2003', 'toxicity', 'toxicity_seed1', 'toxicity_seed2', 'faithfulness', 'comparison', 'long_context']
+
+def state(name: str) -> str:
+    "'ready', 'missing', or what makes a committed result stale."
+    from lexical_sae.results import read_results
+    path = ROOT/'paper/results'/f'{name}.json'
+    if not path.exists(): return 'missing'
+    params, found = yaml.safe_load((ROOT/'paper/params'/f'{name}.yaml').read_text()), read_results(path)
+    known = found['parameters'] | dict(seed=found['seed'], experiment_name=found['experiment'])
+    changed = [k for k, v in params.items() if k in known and known[k] != v]
+    return f'stale ({", ".join(changed)} changed)' if changed else 'ready'
+
+def run(name: str):
+    "One experiment; its results are committed under its name."
+    subprocess.run([sys.executable, str(ROOT/'tools/run_experiment.py'), f'paper/params/{name}.yaml'], check=True, cwd=ROOT)
+    shutil.copy(ROOT/'runs'/name/'results.json', ROOT/'paper/results'/f'{name}.json')
+
+def draw():
+    "Execute the figures' notebook; the executed copy is in runs."
+    import papermill as pm
+    os.environ['JUPYTER_PATH'] = str(Path(sys.prefix)/'share/jupyter')
+    (ROOT/'runs').mkdir(exist_ok=True)
+    pm.execute_notebook(str(ROOT/'paper/figures.ipynb'), str(ROOT/'runs/figures.ipynb'), kernel_name='python3', cwd=str(ROOT), progress_bar=False, log_output=False, stdout_file=sys.stdout)
+
+def main(*args):
+    if wrong := set(args) - {'--list', '--draw'}: sys.exit(f"Unknown option {sorted(wrong)[0]}: use --list, --draw, or nothing.")
+    os.chdir(ROOT)
+    for name in RUNS:
+        now = state(name)
+        print(f'{name:16} {now}', flush=True)
+        if not args and now != 'ready': run(name)
+    if '--list' not in args: draw()
+
+if __name__ == '__main__': main(*sys.argv[1:])

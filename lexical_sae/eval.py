@@ -84,7 +84,7 @@ class MechanisticReport:
     def plot(self):
         "The figure sheet: one row for each tier that can be drawn."
         import matplotlib.pyplot as plt
-        drawn = {t: p for t, p in self.parts.items() if hasattr(p, 'plot')}
+        drawn = {t: p for t, p in self.parts.items() if t in ('circuits', 'layers', 'scaling')}
         if not drawn: raise ValueError("No tier of this report has a picture: add circuits, layers or scaling.")
         width = max(len(getattr(p, 'classes', getattr(p, 'reports', (0, 0)))) for p in drawn.values())
         fig = plt.figure(figsize=(3*max(2, width), 2.8*len(drawn)), layout='constrained')
@@ -148,12 +148,12 @@ def _sample(texts, limit, seed):
     return [texts[i] for i in torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:limit].tolist()]
 
 _SHARED = {'accuracy': ('accuracy',), 'identity': ('identity_error',),
-           'grounding': ('active_dims', 'sparsity', 'input_share', 'reference_share', 'association_agreement', 'association_covered', 'lexicon_agreement', 'lexicon_covered', 'bias_share',
+           'grounding': ('active_dims', 'active_share', 'active_dims_sentence', 'entities', 'types', 'sparsity', 'input_share', 'reference_share', 'association_agreement', 'association_covered', 'lexicon_agreement', 'lexicon_covered', 'bias_share',
                          'words_ever_active')}
 
 # %% ../nbs/05_eval.ipynb #42a69497
-def _tagger_pass(model, data, wanted):
-    "One pass for all tiers of a tagger."
+def _tagger_pass(model, data, wanted, parts):
+    "One pass for all tiers of a tagger; the part `grounding` draws what each type is made of."
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     outside = names.index('O') if 'O' in names else -1
     collector, circuits = PredictionCollector(data.texts, names), TagCircuitFitter(outside=outside)
@@ -164,7 +164,7 @@ def _tagger_pass(model, data, wanted):
     for batch, state in tag_batches(model, data.texts):
         collector.update(batch, state.logits); grounding.update(batch, state, data.texts)
         if 'circuits' in wanted: circuits.update(state)
-    found, out = grounding.fit(), {}
+    found, out, parts['grounding'] = grounding.fit(), {}, grounding
     if 'accuracy' in wanted:
         if data.labels is None: raise ValueError("Accuracy needs labels: give them, or leave the tier out.")
         out['accuracy'] = entity_scores(data.labels, collector.fit().tags).to_dict()
@@ -212,7 +212,7 @@ def evaluate(
     try:
         with warnings.catch_warnings():
             if max_length: warnings.filterwarnings('ignore', message='.*were truncated')
-            if is_tagger: found = timed(tiers, lambda: _tagger_pass(model, data, tiers))
+            if is_tagger: found = timed(tiers, lambda: _tagger_pass(model, data, tiers, parts))
             else: _classifier_tiers(model, data, tiers, dict(max_length=max_length, seed=seed, limit=limit), timed, found, parts)
     finally: model.train(was_training)
     return MechanisticReport({t: found[t] for t in tiers}, seconds, len(data.texts), seed, parts)

@@ -14,6 +14,8 @@ from torch import nn
 from .activation import Gate
 
 # %% ../nbs/02ac_level.ipynb #f7b04ef0
+_FIRST = 20   # steps whose mean is k0: a single batch may hold the longest texts
+
 class LevelController(nn.Module):
     "Moves all thresholds by one factor, so that the open words follow a schedule from k0 to K (compare 1710.01878)."
     def __init__(self,
@@ -28,7 +30,8 @@ class LevelController(nn.Module):
         super().__init__()
         self.active_target, self.hold, self.until, self.rate, self.most, self.decay = active_target, hold, until, rate, most, decay
         value = lambda x: torch.tensor(float(x), dtype=torch.float64)
-        self.register_buffer('start', value('nan'))        # k0: open words of the first step
+        self.register_buffer('start', value('nan'))        # k0: open words of the first steps
+        self.register_buffer('steps', value(0))            # seen so far
         self.register_buffer('recent', value('nan'))       # moving average of log k on training texts
         self.register_buffer('log_ratio', value('nan'))    # log of held-out k over training k
 
@@ -50,7 +53,9 @@ class LevelController(nn.Module):
     ) -> float:            # what was added to log theta
         "Once per optimiser step."
         log_k = math.log(max(active, .5))
-        if self.start.isnan(): self.start.fill_(math.exp(log_k)); self.recent.fill_(log_k)
+        if not self.steps: self.start.fill_(math.exp(log_k)); self.recent.fill_(log_k)
+        self.steps += 1
+        if self.steps <= _FIRST: self.start.mul_(math.exp((log_k - math.log(self.start.item()))/self.steps.item()))   # geometric mean
         self.recent.lerp_(self.recent.new_tensor(log_k), .1)
         ratio = 0. if self.log_ratio.isnan() else self.log_ratio.item()
         move = self.rate*(log_k + ratio - math.log(self.wanted(progress)))

@@ -51,7 +51,7 @@ def main(folder, *options):
     given = {k: json.loads(v) for k, v in given.items()}
     stop = {k: given.pop(k) for k in ('stop_in_checkpoint', 'stop_at_step') if k in given}
     dropout, held_out = given.pop('dropout', 0.), given.pop('held_out', False)
-    settings = dict(max_steps=24, per_device_train_batch_size=16, learning_rate=5e-3, logging_steps=1, report_to='none', save_strategy='no',
+    settings = dict(max_steps=24, backbone_dropout=None, per_device_train_batch_size=16, learning_rate=5e-3, logging_steps=1, report_to='none', save_strategy='no',
         use_cpu=True, disable_tqdm=True,
                     active_target=4., anchor_margin=1., warmup_fraction=.25, revival_weight=.01,
                     separation_weight=.1, dataloader_drop_last=True) | given

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from .baselines import measure_baselines
-from .circuits import CompletenessFitter, SeparationFitter
+from .circuits import CompletenessFitter, SeparationFitter, separate
 from .dense import DenseClassifier
 from .entities import entity_scores
 from .faithfulness import measure_faithfulness, off_distribution
@@ -86,11 +86,11 @@ class MechanisticReport:
         import matplotlib.pyplot as plt
         drawn = {t: p for t, p in self.parts.items() if t in ('circuits', 'layers', 'scaling')}
         if not drawn: raise ValueError("No tier of this report has a picture: add circuits, layers or scaling.")
-        width = max(len(getattr(p, 'classes', getattr(p, 'reports', (0, 0)))) for p in drawn.values())
-        fig = plt.figure(figsize=(3*max(2, width), 2.8*len(drawn)), layout='constrained')
+        wide = lambda part: len(getattr(part, 'classes', getattr(part, 'reports', (0, 0))))       # panels in its row
+        fig = plt.figure(figsize=(3*max(2, *map(wide, drawn.values())), 2.8*len(drawn)), layout='constrained')
         for row, (tier, part) in zip(fig.subfigures(len(drawn), 1, squeeze=False)[:, 0], drawn.items()):
             row.suptitle(tier)
-            part.plot(axes=row.subplots(1, len(getattr(part, 'classes', getattr(part, 'reports', (0, 0)))), squeeze=False)[0])
+            part.plot(axes=row.subplots(1, wide(part), squeeze=False)[0])
         return fig
 
 # %% ../nbs/05_eval.ipynb #fc41e925
@@ -98,7 +98,8 @@ def _classifier_pass(model, data, max_length, **_):
     "Grounding, exactness, sparsity and accuracy."
     C, associations = model.config.num_labels, None
     if data.train_texts is not None and data.train_labels is not None: associations = WordAssociations.fit(data.train_texts, data.train_labels, C)
-    return measure_grounding(model, data.texts, data.labels, data.reference, associations, _class(model, data.positive_class), max_length=max_length).to_dict()
+    positive = _class(model, data.positive_class)
+    return measure_grounding(model, data.texts, data.labels, data.reference, associations, positive, max_length=max_length).to_dict()
 
 def _class(model, name):
     "A class by name or id; None stays."
@@ -136,9 +137,11 @@ def _scaling(model, data, max_length, **_):
     return found.to_dict(), found
 
 def _comparisons(model, data, max_length, seed, **_):
-    if data.labels is None or data.train_labels is None: raise ValueError("Comparisons train baselines: give labels, train_texts and train_labels, or leave the tier out.")
+    if data.labels is None or data.train_labels is None:
+        raise ValueError("Comparisons train baselines: give labels, train_texts and train_labels, or leave the tier out.")
     positive = _class(model, data.positive_class)
-    found = measure_baselines(model, data.texts, data.labels, data.train_texts, data.train_labels, data.dense, None if positive is None else sentiment_lexicon(), positive,
+    lexicon = None if positive is None else sentiment_lexicon()
+    found = measure_baselines(model, data.texts, data.labels, data.train_texts, data.train_labels, data.dense, lexicon, positive,
                               max_length=max_length, seed=seed)
     return found.to_dict(), None
 
@@ -148,7 +151,8 @@ def _sample(texts, limit, seed):
     return [texts[i] for i in torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:limit].tolist()]
 
 _SHARED = {'accuracy': ('accuracy',), 'identity': ('identity_error',),
-           'grounding': ('active_dims', 'active_share', 'active_dims_sentence', 'entities', 'types', 'sparsity', 'input_share', 'reference_share', 'association_agreement', 'association_covered', 'lexicon_agreement', 'lexicon_covered', 'bias_share',
+           'grounding': ('active_dims', 'active_share', 'active_dims_sentence', 'entities', 'types', 'sparsity', 'input_share', 'reference_share',
+                         'association_agreement', 'association_covered', 'lexicon_agreement', 'lexicon_covered', 'bias_share',
                          'words_ever_active')}
 
 # %% ../nbs/05_eval.ipynb #42a69497
@@ -171,18 +175,15 @@ def _tagger_pass(model, data, wanted, parts):
     out |= {t: {k: found[k] for k in keys if k in found} for t, keys in _SHARED.items() if t in wanted and t != 'accuracy'}
     if 'circuits' in wanted:
         table = circuits.fit().set_index('share').to_dict('index') if circuits.rows else {}
-        out['circuits'] = {'completeness': {f'{k:.0%}': v for k, v in table.items()}, 'separation': _tag_separation(grounding)}
+        out['circuits'] = {'completeness': {f'{k:.0%}': v for k, v in table.items()}}
+        if apart := _tag_separation(grounding): out['circuits']['separation'], parts['circuits'] = apart.to_dict(), apart
     return out
 
 def _tag_separation(grounding):
-    "Cosine and overlap of the mean circuits of the types."
-    mean = grounding.by_word.double().clamp(min=0)
-    here = (mean.sum(-1) > 0).nonzero()[:, 0].tolist()
-    if len(here) < 2: return {}
-    unit, tops = torch.nn.functional.normalize(mean, dim=-1), [set(mean[i].topk(min(50, mean.shape[1])).indices.tolist()) for i in here]
-    pairs = [(a, b) for a in range(len(here)) for b in range(a)]
-    return dict(cosine=float(sum(unit[here[a]] @ unit[here[b]] for a, b in pairs)/len(pairs)), jaccard=float(sum(len(tops[a] & tops[b])/len(tops[a] | tops[b]) for a, b in pairs)/len(pairs)),
-                top=50)
+    "The mean circuits of the types that were predicted, O among them; None for fewer than two."
+    here = grounding.sums[:, 0].nonzero()[:, 0].tolist()
+    if len(here) < 2: return None
+    return separate(grounding.by_word[here]/grounding.sums[here, :1], [grounding.types[i] for i in here], grounding.model.words)
 
 # %% ../nbs/05_eval.ipynb #e7c2d6fb
 def evaluate(
@@ -190,16 +191,18 @@ def evaluate(
     data: EvaluationData,
     tiers: tuple = CHEAP,            # of `TIERS`
     seed: int = 0,
-    max_length: int|None = None,     # tokens; None: the model's limit
+    max_length: int|None = None,     # tokens; None: the model's limit, up to which `faithfulness` always reads
     limit: int = 200,                # texts for what reads a text many times (words of faithfulness, layers); 0: all
     report: Callable = lambda line: None,   # told when a tier is done, such as `print`
 ) -> MechanisticReport:
     "Measure a classifier or a tagger, tier by tier."
     tiers, is_tagger = tuple(dict.fromkeys(tiers)), isinstance(model, LexicalSAEForTokenClassification)
     if unknown := [t for t in tiers if t not in TIERS]: raise ValueError(f"Unknown tier '{unknown[0]}': choose from {', '.join(TIERS)}.")
+    if not tiers: raise ValueError(f"No tier was asked for: choose from {', '.join(TIERS)}.")
     if not data.texts: raise ValueError("There is no text to evaluate on: pass at least one.")
     if 'accuracy' in tiers and data.labels is None: raise ValueError("Accuracy needs labels: give them, or leave the tier out.")
-    if is_tagger and (beyond := [t for t in tiers if t not in CHEAP]): raise ValueError(f"The tier '{beyond[0]}' asks about texts: for a tagger choose from {', '.join(CHEAP)}.")
+    if is_tagger and (beyond := [t for t in tiers if t not in CHEAP]):
+        raise ValueError(f"The tier '{beyond[0]}' asks about texts: for a tagger choose from {', '.join(CHEAP)}.")
     if not is_tagger: check_texts(data.texts)
     was_training = model.training
     model.eval()

@@ -1,0 +1,233 @@
+"Chapters 05 and 05aa: every tier against a slow recomputation, independence of batches and of other tiers, edge cases, error sentences."
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+from lexical_sae.circuits import CompletenessFitter, SeparationFitter, separate
+from lexical_sae.entities import entity_scores
+from lexical_sae.eval import CHEAP, TIERS, EvaluationData, MechanisticReport, evaluate
+from lexical_sae.grounding import FrozenReference, centred_contributions
+from lexical_sae.model import LexicalSAEForSequenceClassification, LexicalSAEForTokenClassification
+from lexical_sae.ner import predict_tags, tag_batches
+from lexical_sae.tag_explain import centred_tag_contributions
+
+WORDS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'] + [a + b + c for a in 'bdfg' for b in 'aeiou' for c in 'lmnr']
+pick = np.random.default_rng(0)
+TEXTS = [' '.join(pick.choice(WORDS[5:], size=int(n))) for n in pick.integers(4, 12, size=40)]
+LABELS = [int(t < 'f') for t in TEXTS]
+SENTENCES = [t.split() for t in TEXTS[:12]]
+GOLD = [['B-X'] + ['O']*(len(s) - 1) for s in SENTENCES]
+
+def build(kind, labels, **kwargs):
+    torch.manual_seed(0)
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token='[UNK]'))
+    raw.normalizer, raw.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    special = {f'{n}_token': f'[{n.upper()}]' for n in ('pad', 'unk', 'cls', 'sep', 'mask')}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+    backbone = BertForMaskedLM(BertConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                                          max_position_embeddings=32))
+    for p in backbone.parameters():
+        if p.ndim > 1: nn.init.normal_(p, std=.3)
+    made = kind.from_backbone(backbone, label_names=list(labels), tokenizer=tokenizer, check=False, vocabulary='all', initial_words=12,
+                              **dict(classifier_hidden=8) | kwargs)
+    for p in made.head.parameters(): nn.init.normal_(p, std=.5)
+    return made.eval()
+
+@pytest.fixture(params=[8, 0], ids=['mlp', 'linear'])
+def model(request):
+    made = build(LexicalSAEForSequenceClassification, ('no', 'yes', 'so'), classifier_hidden=request.param)
+    made.start_threshold(TEXTS)
+    with torch.no_grad():                                                  # random weights would call every text the same
+        made.head.fc2.bias -= classified(made).logits.mean(0)
+    return made.eval()
+
+@pytest.fixture
+def tagger():
+    made = build(LexicalSAEForTokenClassification, ('O', 'B-X', 'I-X'))
+    made.start_threshold(TEXTS, per_position=True)
+    with torch.no_grad(): made.head.fc2.bias -= torch.cat([s.logits for _, s in tag_batches(made, SENTENCES)]).mean(0)
+    return made.eval()
+
+def classified(model, texts=TEXTS):
+    with torch.no_grad(): return model.classify(model.encode(**model.batch(texts)))
+
+def data(model, n=20, **kwargs):
+    own = dict(texts=TEXTS[:n], labels=LABELS[:n], train_texts=TEXTS[n:], train_labels=LABELS[n:], reference=FrozenReference.of(model))
+    return EvaluationData(**own | kwargs)
+
+def figures(report): return {k: v for k, v in report.to_dict().items() if k != 'seconds'}
+
+# ---- circuits ----------------------------------------------------------------------------------------------------
+def test_completeness_equals_the_long_way(model):
+    state, labels = classified(model), torch.tensor(LABELS)
+    fitter = CompletenessFitter(shares=(.1, .5), counts=(1, 3)); fitter.update(state, labels)
+    found, part = fitter.fit(), centred_contributions(state).detach()
+    assert len(set(state.logits.argmax(-1).tolist())) > 1                  # there is something to lose
+    for name, size in (('10%', .1), ('50%', .5), ('1 word', 1), ('3 words', 3)):
+        agree, right, kl, words = [], [], [], []
+        for b in range(len(TEXTS)):
+            order = [j for j in part[b].abs().argsort(descending=True).tolist() if part[b, j] != 0]
+            kept = order[:max(1, math.ceil(size*len(order) - 1e-6)) if isinstance(size, float) else size]
+            s = torch.zeros_like(state.sparse_vector[b:b + 1]); s[0, kept] = state.sparse_vector[b, kept]
+            with torch.no_grad(): p, q = (x.double().softmax(-1) for x in (model.head(s)[0], state.logits[b]))
+            agree.append(p.argmax() == q.argmax()); right.append(p.argmax() == labels[b])
+            words.append(len(kept)); kl.append((q*(q/p).log()).sum().item())
+        row = found.loc[name]
+        full = (state.logits.argmax(-1) == labels).double().mean().item()
+        assert row.agreement == pytest.approx(np.mean(agree)) and row.accuracy == pytest.approx(np.mean(right)) and row.words == np.mean(words)
+        assert row.kl == pytest.approx(np.mean(kl), abs=1e-4) and row.accuracy_kept == pytest.approx(np.mean(right)/full)
+
+def test_everything_kept_is_the_model_itself(model):
+    fitter = CompletenessFitter(shares=(1.,), counts=(len(WORDS),)); fitter.update(classified(model), torch.tensor(LABELS))
+    found = fitter.fit()
+    assert found.agreement.tolist() == [1, 1] and found.kl.tolist() == pytest.approx([0, 0], abs=1e-5) and found.accuracy_kept.tolist() == [1, 1]
+
+def test_circuits_do_not_depend_on_batches(model):
+    parts = [(CompletenessFitter(), SeparationFitter(model)) for _ in range(2)]
+    for (complete, apart), size in zip(parts, (len(TEXTS), 7)):
+        for i in range(0, len(TEXTS), size):
+            state = classified(model, TEXTS[i:i + size])
+            complete.update(state, torch.tensor(LABELS[i:i + size])); apart.update(state)
+    (a, x), (b, y) = parts
+    np.testing.assert_allclose(a.fit().to_numpy(), b.fit().to_numpy(), atol=1e-5)
+    np.testing.assert_allclose(x.fit().cosine, y.fit().cosine, atol=1e-5)
+
+def test_a_text_without_open_words_keeps_its_prediction(model):
+    model.activation.set_threshold(1e6, 1.)
+    fitter = CompletenessFitter(); fitter.update(classified(model))
+    found = fitter.fit()
+    assert (found.words == 0).all() and (found.agreement == 1).all() and 'accuracy' not in found
+
+def test_separation_bounds_and_symmetry():
+    mean = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    found = separate(mean, list('abcd'), [str(i) for i in range(300)])
+    for table in (found.cosine, found.jaccard):
+        assert (0 <= table).all() and (table <= 1 + 1e-9).all() and np.allclose(table, table.T) and np.allclose(np.diag(table), 1)
+    louder = separate(mean*torch.tensor([[9.], [1.], [.1], [3.]]), list('abcd'), [str(i) for i in range(300)])
+    assert np.allclose(louder.cosine, found.cosine) and np.allclose(louder.jaccard, found.jaccard)       # a class's scale does not matter
+
+def test_silent_words_are_not_shared():
+    for V in (3, 60, 5000):
+        apart = separate(torch.eye(2, V), ['a', 'b'], [str(i) for i in range(V)]).to_dict()
+        assert (apart['jaccard'], apart['cosine'], apart['words']) == (0, 0, {'a': ['0'], 'b': ['1']})
+    against = separate(torch.tensor([[-1., -2.], [1., 0.]]), ['a', 'b'], ['x', 'y'])                     # nothing speaks for the first
+    assert against.words[0] == () and against.jaccard[0, 1] == 0 and np.isfinite(against.cosine).all()
+
+# ---- the report --------------------------------------------------------------------------------------------------
+def test_a_tier_alone_says_what_it_says_among_all(model):
+    held = data(model)
+    full = evaluate(model, held, TIERS, limit=8)
+    for tier in TIERS:
+        alone = evaluate(model, held, (tier,), limit=8)
+        assert list(alone.tiers) == [tier] == list(alone.seconds) and figures(alone)[tier] == figures(full)[tier]
+
+def test_order_and_repetition_of_tiers(model):
+    found = evaluate(model, data(model), ('circuits', 'accuracy', 'circuits'))
+    assert list(found.tiers) == ['circuits', 'accuracy'] and found.texts == 20
+
+def test_accuracy_and_identity_are_the_models_own(model):
+    found, state = evaluate(model, data(model)), classified(model, TEXTS[:20])
+    assert found['accuracy']['accuracy'] == pytest.approx((state.logits.argmax(-1) == torch.tensor(LABELS[:20])).double().mean().item())
+    assert found['identity']['identity_error'] <= 1e-5
+    assert found['grounding']['active_dims'] == pytest.approx(state.num_active.double().mean().item())
+
+def test_the_seed_draws_the_samples(model):
+    run = lambda seed: figures(evaluate(model, data(model, 30), ('layers',), seed=seed, limit=5))['layers']
+    assert run(1) == run(1) and run(1) != run(2)
+    every = lambda limit: figures(evaluate(model, data(model, 30), ('layers',), limit=limit))['layers']
+    assert every(0) == every(30) == every(1000)
+
+def test_without_labels(model):
+    found = evaluate(model, data(model, labels=None), ('identity', 'grounding', 'circuits'))
+    assert 'accuracy' not in found['circuits']['completeness']['1 word'] and found['identity']['identity_error'] <= 1e-5
+
+@pytest.mark.parametrize('training', [True, False])
+def test_the_mode_of_the_model_comes_back(model, training):
+    model.train(training); evaluate(model, data(model)); assert model.training == training
+    def stop(line): raise RuntimeError('stop')
+    with pytest.raises(RuntimeError, match='stop'): evaluate(model, data(model), report=stop)
+    assert model.training == training
+
+def test_one_predicted_class_has_no_separation_and_no_picture(model):
+    with torch.no_grad(): model.head.fc2.bias[1] += 1e3
+    found = evaluate(model, data(model), CHEAP)
+    assert 'separation' not in found['circuits'] and 'completeness' in found['circuits']
+    with pytest.raises(ValueError, match='No tier of this report has a picture'): found.plot()
+    json.dumps(found.to_dict())
+
+def test_the_table_holds_every_number_and_no_other():
+    tiers = {'accuracy': {'accuracy': .5, 'known': True}, 'circuits': {'a': {'b': 2, 'words': ['x']}}}
+    report = MechanisticReport(tiers, {'accuracy': 1., 'circuits': 2.}, 3, 7)
+    table = report.to_frame().value
+    assert table.to_dict() == {('accuracy', 'accuracy'): .5, ('circuits', 'a.b'): 2}
+    assert report.to_markdown().splitlines()[2:] == ['| accuracy | accuracy | 0.5 |', '| circuits | a.b | 2 |']
+    assert (report.to_dict()['texts'], report.to_dict()['seed'], report.to_dict()['seconds']['circuits']) == (3, 7, 2.)
+
+def test_refusals(model, tagger):
+    held = data(model)
+    with pytest.raises(ValueError, match="Unknown tier 'x'"): evaluate(model, held, ('accuracy', 'x'))
+    with pytest.raises(ValueError, match="Unknown class 'maybe': choose one of no, yes, so"):
+        evaluate(model, data(model, positive_class='maybe'), ('grounding',))
+    with pytest.raises(ValueError, match='train_labels has 1 entries for 20 texts'): data(model, train_labels=[1])
+    with pytest.raises(ValueError, match='labels has 2 entries for 0 texts'): EvaluationData([], [1, 0])
+    for tier in TIERS[len(CHEAP):]:
+        with pytest.raises(ValueError, match=f"The tier '{tier}' asks about texts"): evaluate(tagger, EvaluationData(SENTENCES, GOLD), (tier,))
+
+# ---- taggers -----------------------------------------------------------------------------------------------------
+def tagged(tagger, tiers=CHEAP, **kwargs):
+    own = dict(texts=SENTENCES, labels=GOLD, train_texts=SENTENCES, train_labels=GOLD, reference=FrozenReference.of(tagger))
+    return evaluate(tagger, EvaluationData(**own | kwargs), tiers)
+
+def test_tagger_accuracy_is_that_of_its_tags(tagger):
+    found = tagged(tagger)
+    assert found['accuracy'] == entity_scores(GOLD, predict_tags(tagger, SENTENCES).tags).to_dict() and found['identity']['identity_error'] <= 1e-5
+
+def test_tagger_circuits_equal_the_long_way(tagger):
+    rows = []
+    for _, s in tag_batches(tagger, SENTENCES):
+        part = s.attribution(s.logits.argmax(-1)).detach()
+        for r in range(len(s.logits)):
+            mine = s.active.row == r
+            rows.append((s.sparse_vector.to_dense()[r], part[mine], s.active.dim[mine], s.logits[r].detach()))
+    rows = [r for r in rows if r[3].argmax() != 0]                         # positions that are not O
+    found = tagged(tagger, ('circuits',))['circuits']['completeness']
+    assert rows and list(found) == ['1%', '5%', '10%', '20%', '50%']
+    for name, share in (('1%', .01), ('20%', .2), ('50%', .5)):
+        kept, flipped, drop = [], [], []
+        for s, part, dim, logits in rows:
+            own = logits.argmax()
+            mine = dim[part.abs().argsort(descending=True)[:max(1, math.ceil(share*len(part) - 1e-6))]] if len(part) else dim
+            inside = torch.zeros_like(s); inside[mine] = s[mine]
+            with torch.no_grad(): alone, rest = tagger.head(inside[None])[0], tagger.head((s - inside)[None])[0]
+            kept.append(alone.argmax() == own); flipped.append(rest.argmax() != own); drop.append((logits.softmax(-1) - rest.softmax(-1))[own].item())
+        assert found[name]['completeness'] == pytest.approx(np.mean(kept)) and found[name]['removability'] == pytest.approx(np.mean(flipped))
+        assert found[name]['probability_drop'] == pytest.approx(np.mean(drop), abs=1e-5)
+
+def test_tagger_separation_equals_the_long_way(tagger):
+    total = {'O': torch.zeros(tagger.num_dims), 'X': torch.zeros(tagger.num_dims)}
+    for _, s in tag_batches(tagger, SENTENCES):
+        part, own = centred_tag_contributions(s).detach(), s.logits.argmax(-1)
+        for r, j, a in zip(s.active.row.tolist(), s.active.dim.tolist(), part): total['O' if own[r] == 0 else 'X'][j] += a
+    found = tagged(tagger, ('circuits',))['circuits']['separation']
+    here = {t: v.clamp(min=0) for t, v in total.items()}
+    assert found['cosine'] == pytest.approx(nn.functional.cosine_similarity(here['O'], here['X'], dim=0).item(), abs=1e-5)
+    tops = {t: {tagger.words[j] for j in v.topk(min(50, len(v))).indices.tolist() if v[j] > 0} for t, v in here.items()}
+    assert {t: set(w) for t, w in found['words'].items()} == tops
+    assert found['jaccard'] == pytest.approx(len(tops['O'] & tops['X'])/len(tops['O'] | tops['X']))
+
+def test_a_tagger_that_says_one_tag(tagger):
+    with torch.no_grad(): tagger.head.fc2.bias[0] += 1e3
+    found = tagged(tagger)
+    assert found['circuits'] == {'completeness': {}}                       # no entity, nothing to separate
+    json.dumps(found.to_dict())
+
+def test_tagger_tiers_alone_and_without_labels(tagger):
+    full = figures(tagged(tagger))
+    for tier in CHEAP: assert figures(tagged(tagger, (tier,)))[tier] == full[tier]
+    assert set(tagged(tagger, CHEAP[1:], labels=None).tiers) == set(CHEAP[1:])

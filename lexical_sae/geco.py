@@ -17,8 +17,10 @@ def tau_from_accuracy(
     accuracy: float,   # wanted accuracy, between chance and 1
     num_classes: int,  # C
     label_smoothing: float = 0.,  # the cross-entropy that tau bounds is smoothed by as much
+    multilabel: bool = False,     # every class is a yes or no: `accuracy` is the share of right answers
 ) -> float:            # nats
     "Cross-entropy of a calibrated predictor that is right with probability `accuracy`."
+    if multilabel: num_classes = 2                                              # a mean over classes, each with two answers
     if not 1/num_classes < accuracy < 1:
         raise ValueError(f"target_accuracy must lie between chance ({1/num_classes:.2f}) and 1, got {accuracy}.")
     right, wrong = -math.log(accuracy), -math.log((1 - accuracy)/(num_classes - 1))

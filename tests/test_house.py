@@ -125,3 +125,8 @@ def test_an_experiment_runs_from_its_parameter_file(tmp_path):
 def test_missing_parameter_file_is_one_sentence(argument, sentence):
     run = subprocess.run([sys.executable, ROOT/'tools/run_experiment.py', argument], capture_output=True, text=True)
     assert run.returncode and sentence in run.stderr and 'Traceback' not in run.stderr
+
+def test_a_recorded_command_names_no_folder_of_one_machine():
+    typed = tool('run_experiment').typed
+    assert typed(['source=/data/sst2', 'seed=1', 'elsewhere={"yelp":"/data/yelp","imdb":"/data/imdb"}']) == 'source=FOLDER seed=1 elsewhere={"yelp":"FOLDER","imdb":"FOLDER"}'
+    assert typed(['source=data/sst2', 'model_name=answerdotai/ModernBERT-base']) == 'source=data/sst2 model_name=answerdotai/ModernBERT-base'

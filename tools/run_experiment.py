@@ -1,5 +1,6 @@
 "Run one experiment notebook from a parameter file with papermill: run_experiment.py paper/params/NAME.yaml [NAME=VALUE ...]"
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def overridden(params, changes):
 
 def typed(changes):
     "What was typed, without the folders of one machine."
-    return ' '.join('='.join((n, 'FOLDER' if isinstance(v, str) and Path(v).is_absolute() else v)) for n, _, v in (c.partition('=') for c in changes))
+    return ' '.join(re.sub(r'(?<![\w.])/[^\s,:"\'}\]]+', 'FOLDER', change) for change in changes)
 
 def main(params_file, *changes):
     path = Path(params_file)

@@ -174,7 +174,8 @@ class LexicalSAE(PreTrainedModel):
     main_input_name = 'input_ids'
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True   # the backbone decides
-    _keep_in_fp32_modules_strict = {'head', 'activation', 'senses'}              # the identity is exact in float32, not in bfloat16
+    # the identity is exact in float32, not in bfloat16; full names, because backbones have heads of their own and ids must stay whole numbers
+    _keep_in_fp32_modules_strict = {'head.fc1', 'head.fc2', 'activation.log_theta', 'activation.spread', 'senses.keys', 'senses.bias', 'senses.scale', 'logit_shift'}
     tokenizer: PreTrainedTokenizerBase|None = None
 
     def __init__(self, config: LexicalSAEConfig, backbone: PreTrainedModel|None = None):
@@ -194,6 +195,14 @@ class LexicalSAE(PreTrainedModel):
 
     def _init_weights(self, module):
         if isinstance(module, ClassifierHead): module.reset_parameters()
+
+    def _apply(self, fn, recurse=True):
+        "Move or cast: the backbone may be halved; gate and head stay in float32 or better."
+        def exact(t):
+            moved = fn(t)
+            return t.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+        for name, module in self.named_children(): module._apply(fn if name == 'backbone' else exact)
+        return super()._apply(exact, recurse=False)
 
     # ---- vocabulary ------------------------------------------------------------------------------------------
     @property

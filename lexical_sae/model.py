@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'projection', 'lift', 'LexicalSAEConfig', 'SparseSequence', 'LexicalSAE', 'sample_sentences',
-           'load_backbone', 'check_backbone_config', 'masked_loss', 'check_tokenizer', 'weights_hash', 'from_backbone',
-           'check_texts', 'from_pretrained', 'LexicalOutput', 'LexicalSAEForSequenceClassification',
+           'read_weights', 'load_backbone', 'check_backbone_config', 'masked_loss', 'check_tokenizer', 'weights_hash',
+           'from_backbone', 'check_texts', 'from_pretrained', 'LexicalOutput', 'LexicalSAEForSequenceClassification',
            'LexicalSAEForTokenClassification', 'Prediction']
 
 # %% ../nbs/01a_model.ipynb #f99421d6
 import hashlib
 import os
+import re
 import tempfile
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -181,6 +182,8 @@ class LexicalSAE(PreTrainedModel):
     def __init__(self, config: LexicalSAEConfig, backbone: PreTrainedModel|None = None):
         super().__init__(config)
         if backbone is None:
+            if not config.backbone_config:
+                raise ValueError("This is no saved Lexical-SAE (its config names no backbone): to start from a language model, use LexicalSAE.from_backbone.")
             backbone = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**config.backbone_config))
         self.backbone = lift(backbone)
         weight, _ = projection(backbone)
@@ -323,6 +326,20 @@ def sample_sentences() -> list[str]:
     "64 plain English sentences, for the threshold and the check of a head where no data is given."
     return files('lexical_sae').joinpath('sentences.txt').read_text(encoding='utf-8').splitlines()
 
+def read_weights(
+    load,            # a `from_pretrained`
+    name: str|Path,  # hub id or folder
+    *args, **kwargs,
+) -> tuple[PreTrainedModel, dict]:  # the model, and what its checkpoint lacks (`missing_keys`)
+    "Weights from safetensors only, because a pickle can run code; damage raises one sentence."
+    try: return load(name, *args, **kwargs | dict(use_safetensors=True, output_loading_info=True))
+    except (SafetensorError, EOFError) as e:
+        raise ValueError(f"The weights in '{name}' are damaged or half written ({e}): save the model again, or use an earlier checkpoint.") from e
+    except OSError as e:
+        if not re.search('(no|have a) file named', str(e)): raise
+        raise ValueError(f"'{name}' has no safetensors weights, and pickled ones are not read: where you trust them, load them with transformers "
+                         "and save them again with save_pretrained.") from e
+
 def load_backbone(
     name: str|Path,             # hub id or folder of an AutoModelForMaskedLM
     revision: str|None = None,
@@ -331,7 +348,8 @@ def load_backbone(
     "Load a masked language model, or say in one sentence why it cannot serve."
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     check_backbone_config(config, name)
-    model, info = AutoModelForMaskedLM.from_pretrained(name, revision=revision, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+    # "main" by name: only then does transformers look for the hub's own safetensors copy of a pickled checkpoint
+    model, info = read_weights(AutoModelForMaskedLM.from_pretrained, name, revision=revision or 'main', dtype=dtype, trust_remote_code=False)
     if info['missing_keys']:
         raise ValueError(f"'{name}' has no trained language-model head (missing: {', '.join(sorted(info['missing_keys']))}): "
                          "choose a checkpoint that was saved with its masked-language-model head.")
@@ -480,18 +498,19 @@ def save_pretrained(self: LexicalSAE, save_directory: str|Path, push_to_hub: boo
         if self.tokenizer is not None: self.tokenizer.save_pretrained(tmp)
         # config.json last: a folder without it is not yet a model
         for f in sorted(Path(tmp).iterdir(), key=lambda f: f.name == 'config.json'): os.replace(f, target/f.name)
-    if push_to_hub: self.push_to_hub(kwargs.get('repo_id') or target.name)
+    wanted = ('commit_message', 'commit_description', 'private', 'token', 'revision', 'create_pr', 'tags')
+    if push_to_hub: self.push_to_hub(kwargs.get('repo_id') or target.name, **{k: kwargs[k] for k in wanted if k in kwargs})
 
-def from_pretrained(cls, name: str|Path, *args, **kwargs) -> 'LexicalSAE':
-    "Load a saved model with its tokenizer; a damaged checkpoint raises one sentence."
-    try: model = PreTrainedModel.from_pretrained.__func__(cls, name, *args, **kwargs)
-    except (SafetensorError, EOFError) as e:
-        raise ValueError(f"The weights in '{name}' are damaged or half written ({e}): save the model again, or use an earlier checkpoint.") from e
-    loaded = model[0] if isinstance(model, tuple) else model
-    if loaded.tokenizer is None:
-        try: loaded.tokenizer = AutoTokenizer.from_pretrained(name, revision=kwargs.get('revision'))
+def from_pretrained(cls, name: str|Path, *args, output_loading_info: bool = False, **kwargs) -> 'LexicalSAE':
+    "Load a saved model with its tokenizer; a damaged or incomplete checkpoint raises one sentence."
+    model, info = read_weights(partial(PreTrainedModel.from_pretrained.__func__, cls), name, *args, **kwargs)
+    if missing := sorted(info['missing_keys']):                          # transformers would put random numbers in their place
+        raise ValueError(f"The weights in '{name}' are incomplete ({len(missing)} missing, such as {', '.join(missing[:3])}): "
+                         "save the model again, or use an earlier checkpoint.")
+    if model.tokenizer is None:
+        try: model.tokenizer = AutoTokenizer.from_pretrained(name, revision=kwargs.get('revision'))
         except (OSError, ValueError): warnings.warn(f"No tokenizer beside the model in '{name}': set model.tokenizer before using texts.")
-    return model
+    return (model, info) if output_loading_info else model
 LexicalSAE.from_pretrained = classmethod(from_pretrained)
 
 # %% ../nbs/01a_model.ipynb #f8e023cb

@@ -1,0 +1,112 @@
+"What may be read from disk and what is refused; pushing to the hub; a saved model in a new process that only imports the package."
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers.utils.hub as hub
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from lexical_sae.model import LexicalSAE, LexicalSAEForSequenceClassification, load_backbone
+from test_families import backbone, build
+from test_surgery import TEXTS, reader
+
+pytestmark = pytest.mark.filterwarnings('ignore:No tokenizer')
+
+def without_head(folder):
+    weights = {k: v for k, v in load_file(folder/'model.safetensors').items() if not k.startswith('head')}
+    save_file(weights, folder/'model.safetensors', metadata={'format': 'pt'})
+
+def pickled(folder):
+    torch.save(load_file(folder/'model.safetensors'), folder/'pytorch_model.bin')
+    (folder/'model.safetensors').unlink()
+
+def halved(folder, name):
+    file = folder/name
+    file.write_bytes(file.read_bytes()[:file.stat().st_size//2])
+
+@pytest.mark.parametrize('damage, sentence', [
+    (without_head, 'incomplete .4 missing, such as head.fc1.bias.*save the model again'),
+    (pickled, 'no safetensors weights, and pickled ones are not read'),
+    (lambda folder: halved(folder, 'model.safetensors'), 'damaged or half written'),
+    (lambda folder: halved(folder, 'config.json'), 'not a valid JSON file'),
+    (lambda folder: (folder/'config.json').unlink(), 'no saved Lexical-SAE.*from_backbone')])
+def test_a_damaged_model_is_never_used(damage, sentence, tmp_path):
+    build('bert').save_pretrained(tmp_path)
+    LexicalSAE.from_pretrained(tmp_path)                                 # it was whole
+    damage(tmp_path)
+    with pytest.raises((ValueError, OSError), match=sentence): LexicalSAE.from_pretrained(tmp_path)
+
+@pytest.mark.parametrize('damage, sentence', [
+    (pickled, 'no safetensors weights, and pickled ones are not read'),
+    (lambda folder: halved(folder, 'model.safetensors'), 'damaged or half written')])
+def test_a_damaged_backbone_is_never_used(damage, sentence, tmp_path):
+    backbone('bert').save_pretrained(tmp_path)
+    load_backbone(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=sentence): load_backbone(tmp_path)
+
+def test_a_language_model_is_no_saved_classifier(tmp_path):
+    backbone('bert').save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='no saved Lexical-SAE.*from_backbone'): LexicalSAE.from_pretrained(tmp_path)
+
+def test_loading_info_on_request(tmp_path):
+    build('bert').save_pretrained(tmp_path)
+    model, info = LexicalSAE.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(model, LexicalSAE) and not info['missing_keys']
+
+def test_a_full_disk_keeps_the_earlier_model(tmp_path, monkeypatch):
+    model = reader()
+    model.save_pretrained(tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(model.tokenizer, 'save_pretrained', full)        # the last thing to be written
+    torch.nn.init.normal_(model.head.fc2.weight)
+    with pytest.raises(OSError, match='No space left'): model.save_pretrained(tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+class FakeHub:
+    "Takes what would be uploaded."
+    def create_repo(self, repo_id, **kwargs):
+        self.created = kwargs | dict(repo_id=repo_id)
+        return type('Repo', (), dict(repo_id=repo_id))
+    def create_commit(self, operations, **kwargs):
+        self.commit = kwargs
+        self.files = {o.path_in_repo: open(o.path_or_fileobj, 'rb').read() for o in operations}
+        return 'address'
+
+@pytest.fixture
+def fake_hub(monkeypatch):
+    def no_card(*args, **kwargs): raise EntryNotFoundError('none')
+    fake = FakeHub()
+    monkeypatch.setattr(hub, 'hf_api', lambda: fake); monkeypatch.setattr(ModelCard, 'load', no_card)
+    return fake
+
+@pytest.mark.parametrize('while_saving', [False, True])
+def test_what_is_pushed_is_the_whole_model(fake_hub, while_saving, tmp_path):
+    model = reader()
+    if while_saving: model.save_pretrained(tmp_path/'here', push_to_hub=True, repo_id='me/words', private=True, commit_message='Words', token='t')
+    else: model.push_to_hub('me/words', private=True, commit_message='Words', token='t')
+    assert fake_hub.created == dict(repo_id='me/words', private=True, token='t', exist_ok=True) and fake_hub.commit['commit_message'] == 'Words'
+    far = tmp_path/'far'; far.mkdir()
+    for name, content in fake_hub.files.items(): (far/name).write_bytes(content)
+    again = LexicalSAEForSequenceClassification.from_pretrained(far)     # as someone else would download it
+    assert [p.probabilities for p in again.predict(TEXTS)] == [p.probabilities for p in model.predict(TEXTS)]
+
+def test_pipelines_after_importing_the_package_alone(tmp_path):
+    model = reader()
+    model.save_pretrained(tmp_path)
+    code = '''
+import sys, json, lexical_sae
+from transformers import pipeline
+say = {task: pipeline(task, model=sys.argv[1])('the film and the plot') for task in ('text-classification', 'token-classification')}
+print(json.dumps(say, default=float))'''
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True, check=True)
+    said, (own,) = json.loads(done.stdout.splitlines()[-1]), model.predict(['the film and the plot'])
+    assert said['text-classification'][0]['label'] == own.label and said['text-classification'][0]['score'] == pytest.approx(own.probability, abs=1e-5)
+    assert [e['word'] for e in said['token-classification']] == ['the', 'film', 'and', 'the', 'plot']

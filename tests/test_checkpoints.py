@@ -1,4 +1,4 @@
-"What may be read from disk and what is refused; pushing to the hub; a saved model in a new process that only imports the package."
+"What may be read from disk and what is refused; what a run that breaks leaves; pushing to the hub; a saved model in a new process."
 import errno
 import json
 import os
@@ -11,10 +11,14 @@ import transformers.utils.hub as hub
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from lexical_sae.model import LexicalSAE, LexicalSAEForSequenceClassification, load_backbone
+from lexical_sae.surgery import SuppressedModel
+from lexical_sae.train import LexicalTrainer, LexicalTrainingArguments
 from test_families import backbone, build
 from test_surgery import TEXTS, reader
+from training_run import collate, model as toy_model, texts as toy_texts
 
 pytestmark = pytest.mark.filterwarnings('ignore:No tokenizer')
 
@@ -110,3 +114,27 @@ print(json.dumps(say, default=float))'''
     said, (own,) = json.loads(done.stdout.splitlines()[-1]), model.predict(['the film and the plot'])
     assert said['text-classification'][0]['label'] == own.label and said['text-classification'][0]['score'] == pytest.approx(own.probability, abs=1e-5)
     assert [e['word'] for e in said['token-classification']] == ['the', 'film', 'and', 'the', 'plot']
+
+class Poison(TrainerCallback):
+    "Makes a gradient, or a weight, NaN at one step."
+    def __init__(self, kind): self.kind = kind
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.kind == 'gradient' and state.global_step == 3: model.head.fc2.weight.grad.fill_(float('nan'))
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.kind == 'weight' and state.global_step == 3: model.head.fc2.weight.detach().fill_(float('nan'))
+
+@pytest.mark.parametrize('kind, sentence', [('weight', 'loss is not finite at step 4'), ('gradient', 'weights are not finite after step 4')])
+def test_the_last_good_checkpoint_stays_and_is_named(kind, sentence, tmp_path):
+    args = LexicalTrainingArguments(str(tmp_path), max_steps=8, per_device_train_batch_size=16, learning_rate=2e-3, report_to='none', save_strategy='steps',
+                                    save_steps=2, save_total_limit=1, use_cpu=True, disable_tqdm=True, active_target=8.)
+    trainer = LexicalTrainer(toy_model(0.), args, train_dataset=toy_texts(), data_collator=collate, callbacks=[Poison(kind)])
+    with pytest.raises(FloatingPointError, match=f'{sentence} .*last good checkpoint: {tmp_path}/checkpoint-2'): trainer.train()
+    assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == ['checkpoint-2']
+    assert all(p.isfinite().all() for p in LexicalSAEForSequenceClassification.from_pretrained(tmp_path/'checkpoint-2').parameters())
+
+@pytest.mark.parametrize('say', [lambda m, t: m.predict([t, 'a film']), lambda m, t: m.explain(t), lambda m, t: SuppressedModel(m, ['plot']).predict([t, 'a film'])],
+                         ids=['predict', 'explain', 'view'])
+def test_long_texts_are_cut_and_counted(say):
+    model = reader()
+    with pytest.warns(UserWarning, match='1 of . texts are longer than 40 tokens and were truncated'): said = say(model, 'the film '*30)
+    assert said

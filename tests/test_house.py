@@ -98,6 +98,7 @@ def test_no_machine_paths():
         for f in ROOT.glob(pattern):
             text = f.read_text()
             assert not re.search(r'(?<![\w.])/(work|tmp/proto)/', text) and home not in text, f'{f} names a path of one machine'
+    for f in CHAPTERS: assert '/tmp/' not in json.dumps([c.get('outputs') for c in cells(f)]), f'{f} shows a path of one machine'
 
 @pytest.mark.slow
 def test_wheel_works_in_an_empty_environment(tmp_path):

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'projection', 'lift', 'LexicalSAEConfig', 'SparseSequence', 'LexicalSAE', 'sample_sentences',
            'read_weights', 'load_backbone', 'check_backbone_config', 'masked_loss', 'check_tokenizer', 'weights_hash',
-           'from_backbone', 'check_texts', 'from_pretrained', 'LexicalOutput', 'LexicalSAEForSequenceClassification',
-           'LexicalSAEForTokenClassification', 'Prediction']
+           'check_settings', 'from_backbone', 'check_texts', 'from_pretrained', 'LexicalOutput',
+           'LexicalSAEForSequenceClassification', 'LexicalSAEForTokenClassification', 'Prediction']
 
 # %% ../nbs/01a_model.ipynb #f99421d6
 import hashlib
+import inspect
 import os
 import re
 import tempfile
@@ -106,6 +107,8 @@ class LexicalSAEConfig(PreTrainedConfig):
         self.format_version = format_version
         super().__init__(**kwargs)
         if pooling not in ('max', 'attention'): raise ValueError(f"Unknown pooling '{pooling}': choose 'max' or 'attention'.")
+        if classifier_hidden < 0: raise ValueError(f"classifier_hidden must be 0 (a linear head) or positive, got {classifier_hidden}.")
+        if isinstance(init_threshold, str) and init_threshold != 'auto': raise ValueError(f"init_threshold must be 'auto' or a number, got '{init_threshold}'.")
         if self.sense_words and (pooling != 'max' or topk_per_position):
             raise ValueError("Senses are chosen position by position and pooled by their maximum: use pooling='max' and topk_per_position=0.")
         if format_version > FORMAT_VERSION:
@@ -248,6 +251,8 @@ class LexicalSAE(PreTrainedModel):
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor|None = None, token_type_ids: Tensor|None = None) -> SparseSequence:
         "Run the backbone; nothing is decoded yet."
+        if (L := input_ids.shape[1]) > self.config.max_positions:
+            raise ValueError(f"The batch is {L} tokens long and the backbone reads {self.config.max_positions}: cut the texts with model.batch, or truncation and max_length.")
         extra = {} if token_type_ids is None else {'token_type_ids': token_type_ids}
         h = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **extra).logits           # [B,L,D]
         return SparseSequence(h, self.keep_mask(input_ids, attention_mask), self)
@@ -380,6 +385,7 @@ def masked_loss(
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel):
     "Refuse a tokenizer that does not belong to the backbone, and a head that was never trained."
     V = backbone.config.vocab_size
+    if tokenizer.mask_token_id is None: raise ValueError("The tokenizer has no mask token: use that of a masked language model.")
     if len(tokenizer) > V:
         raise ValueError(f"The tokenizer has {len(tokenizer)} entries and the backbone {V}: use the tokenizer of this backbone.")
     loss, chance = masked_loss(backbone, tokenizer, sample_sentences()[:16]), torch.tensor(float(V)).log().item()
@@ -400,6 +406,13 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(name.encode()); digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
+def check_settings(labels: list[str], settings: dict):
+    "Refuse classes that cannot be told apart, and settings that nobody would read."
+    if not labels or len(set(labels)) < len(labels): raise ValueError(f"Every class needs a name of its own, got {labels}: set num_labels or label_names.")
+    own = {'self', 'kwargs', 'special_token_ids', 'format_version'}       # found, not chosen; as is what is said of the backbone
+    known = {k for k in inspect.signature(LexicalSAEConfig.__init__).parameters if not k.startswith('backbone')} - own | {'problem_type'}
+    if unknown := sorted(set(settings) - known): raise ValueError(f"There is no setting '{unknown[0]}': choose one of {', '.join(sorted(known))}.")
+
 def from_backbone(cls,
     backbone: str|Path|PreTrainedModel,  # hub id, folder, or a model in memory
     num_labels: int = 2,                 # C
@@ -409,13 +422,14 @@ def from_backbone(cls,
     **kwargs,                            # fields of `LexicalSAEConfig`; label_names
 ) -> 'LexicalSAE':
     "A new model on a pretrained backbone, its gates at the language model's own words."
+    labels = kwargs.pop('label_names', None) or [f'LABEL_{i}' for i in range(num_labels)]
+    check_settings(labels, kwargs)
     name = None if isinstance(backbone, PreTrainedModel) else str(backbone)
     if name is None: check_backbone_config(backbone.config)
     else:
         backbone = load_backbone(name, revision)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, revision=revision)
     if tokenizer is not None and check: check_tokenizer(tokenizer, backbone)
-    labels = kwargs.pop('label_names', None) or [f'LABEL_{i}' for i in range(num_labels)]
     config = cls.config_class(backbone.config, num_labels=len(labels), id2label=dict(enumerate(labels)),
                               label2id={l: i for i, l in enumerate(labels)}, special_token_ids=_special_ids(tokenizer), backbone_name=name,
                               backbone_revision=revision, backbone_hash=weights_hash(backbone), **kwargs)

@@ -303,11 +303,11 @@ class LexicalSAE(PreTrainedModel):
         flat = text*self.num_dims + nz.dim                               # [n] index into [B*V]
         share = self.attention(seq)[text, position] if self.query is not None else torch.ones_like(nz.value)
         value = nz.value*share
-        s = value.new_zeros(len(seq.h)*self.num_dims)
-        s = s.index_add(0, flat, value) if self.query is not None else s.scatter_reduce(0, flat, value, 'amax')
-        order = value.argsort()                                          # the loudest writes last
-        where = torch.zeros(len(s), dtype=torch.int32, device=s.device)
-        where[flat[order]] = position[order].int()
+        closed = value.new_zeros(len(seq.h)*self.num_dims)
+        loudest = closed.scatter_reduce(0, flat, value, 'amax')
+        s = closed.index_add(0, flat, value) if self.query is not None else loudest
+        first = value == loudest[flat]                                   # of several that are as loud, the first: on every device the same
+        where = torch.zeros_like(closed, dtype=torch.int32).scatter_reduce(0, flat[first], position[first].int(), 'amin', include_self=False)
         return s.view(-1, self.num_dims), self.head, where.view(-1, self.num_dims)
 
     def tag(self, sequence: SparseSequence) -> Tensor:                   # [B,L,C]

@@ -140,3 +140,13 @@ def test_forward_takes_no_kwargs():
     import inspect
     for cls in LexicalSAEForSequenceClassification.__mro__[:2]:
         assert all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(cls.forward).parameters.values())
+
+@pytest.mark.parametrize('pooling', ['max', 'attention'])
+def test_topk_words_come_from_their_loudest_position(pooling):
+    model, (ids, mask) = build('bert', pooling=pooling, topk_per_position=3), batch()
+    if model.query is not None: nn.init.normal_(model.query)
+    with torch.no_grad():
+        seq = model(ids, mask); state, said = model.classify(seq), seq.dense()
+        if model.query is not None: said = said*model.attention(seq)[..., None]
+    open_ = state.sparse_vector > 0
+    assert open_.sum() > 9 and torch.equal(state.position[open_].long(), said.argmax(1)[open_])

@@ -354,7 +354,11 @@ def load_backbone(
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     check_backbone_config(config, name)
     # "main" by name: only then does transformers look for the hub's own safetensors copy of a pickled checkpoint
-    model, info = read_weights(AutoModelForMaskedLM.from_pretrained, name, revision=revision or 'main', dtype=dtype, trust_remote_code=False)
+    load = partial(read_weights, AutoModelForMaskedLM.from_pretrained, name, revision=revision or 'main', dtype=dtype, trust_remote_code=False)
+    model, info = load(config=config)
+    if info['missing_keys'] and getattr(config, 'legacy', False):        # DeBERTa-v2's own checkpoints have the newer head, and do not say so
+        config.legacy = False
+        model, info = load(config=config)
     if info['missing_keys']:
         raise ValueError(f"'{name}' has no trained language-model head (missing: {', '.join(sorted(info['missing_keys']))}): "
                          "choose a checkpoint that was saved with its masked-language-model head.")

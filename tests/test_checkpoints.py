@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from lexical_sae.model import LexicalSAE, LexicalSAEForSequenceClassification, load_backbone
 from lexical_sae.surgery import SuppressedModel
 from lexical_sae.train import LexicalTrainer, LexicalTrainingArguments
-from test_families import backbone, build
+from test_families import backbone, batch, build
 from test_surgery import TEXTS, reader
 from training_run import collate, model as toy_model, texts as toy_texts
 
@@ -54,6 +54,20 @@ def test_a_damaged_backbone_is_never_used(damage, sentence, tmp_path):
     load_backbone(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=sentence): load_backbone(tmp_path)
+
+def test_the_head_of_a_deberta_is_found_where_its_config_does_not_name_it(tmp_path):
+    "Checkpoints from the time of its first release have the newer head and no `legacy` in their config; one without any head is refused."
+    own = backbone('deberta-v2-inline'); own.save_pretrained(tmp_path)
+    config = json.loads((tmp_path/'config.json').read_text()); del config['legacy']
+    (tmp_path/'config.json').write_text(json.dumps(config))
+    ids, mask = batch()
+    with torch.no_grad():
+        said = own(ids, mask).logits
+        assert torch.equal(load_backbone(tmp_path)(ids, mask).logits, said)
+    model = LexicalSAE.from_backbone(load_backbone(tmp_path)); model.save_pretrained(tmp_path/'model')
+    assert torch.equal(LexicalSAE.from_pretrained(tmp_path/'model').encode(ids, mask).h, model.encode(ids, mask).h)
+    own.deberta.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='no trained language-model head .missing: lm_predictions'): load_backbone(tmp_path)
 
 def test_a_language_model_is_no_saved_classifier(tmp_path):
     backbone('bert').save_pretrained(tmp_path)

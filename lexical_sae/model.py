@@ -108,7 +108,8 @@ class LexicalSAEConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         if pooling not in ('max', 'attention'): raise ValueError(f"Unknown pooling '{pooling}': choose 'max' or 'attention'.")
         if classifier_hidden < 0: raise ValueError(f"classifier_hidden must be 0 (a linear head) or positive, got {classifier_hidden}.")
-        if isinstance(init_threshold, str) and init_threshold != 'auto': raise ValueError(f"init_threshold must be 'auto' or a number, got '{init_threshold}'.")
+        if isinstance(init_threshold, str) and init_threshold != 'auto':
+            raise ValueError(f"init_threshold must be 'auto' or a number, got '{init_threshold}'.")
         if self.sense_words and (pooling != 'max' or topk_per_position):
             raise ValueError("Senses are chosen position by position and pooled by their maximum: use pooling='max' and topk_per_position=0.")
         if format_version > FORMAT_VERSION:
@@ -179,14 +180,16 @@ class LexicalSAE(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True   # the backbone decides
     # the identity is exact in float32, not in bfloat16; full names, because backbones have heads of their own and ids must stay whole numbers
-    _keep_in_fp32_modules_strict = {'head.fc1', 'head.fc2', 'activation.log_theta', 'activation.spread', 'senses.keys', 'senses.bias', 'senses.scale', 'logit_shift'}
+    _keep_in_fp32_modules_strict = {'head.fc1', 'head.fc2', 'activation.log_theta', 'activation.spread', 'logit_shift',
+                                    'senses.keys', 'senses.bias', 'senses.scale'}
     tokenizer: PreTrainedTokenizerBase|None = None
 
     def __init__(self, config: LexicalSAEConfig, backbone: PreTrainedModel|None = None):
         super().__init__(config)
         if backbone is None:
             if not config.backbone_config:
-                raise ValueError("This is no saved Lexical-SAE (its config names no backbone): to start from a language model, use LexicalSAE.from_backbone.")
+                raise ValueError("This is no saved Lexical-SAE (its config names no backbone): "
+                                 "to start from a language model, use LexicalSAE.from_backbone.")
             backbone = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**config.backbone_config))
         self.backbone = lift(backbone)
         weight, _ = projection(backbone)
@@ -252,7 +255,8 @@ class LexicalSAE(PreTrainedModel):
     def encode(self, input_ids: Tensor, attention_mask: Tensor|None = None, token_type_ids: Tensor|None = None) -> SparseSequence:
         "Run the backbone; nothing is decoded yet."
         if (L := input_ids.shape[1]) > self.config.max_positions:
-            raise ValueError(f"The batch is {L} tokens long and the backbone reads {self.config.max_positions}: cut the texts with model.batch, or truncation and max_length.")
+            raise ValueError(f"The batch is {L} tokens long and the backbone reads {self.config.max_positions}: "
+                             "cut the texts with model.batch, or truncation and max_length.")
         extra = {} if token_type_ids is None else {'token_type_ids': token_type_ids}
         h = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **extra).logits           # [B,L,D]
         return SparseSequence(h, self.keep_mask(input_ids, attention_mask), self)
@@ -412,7 +416,8 @@ def weights_hash(model: nn.Module) -> str:
 
 def check_settings(labels: list[str], settings: dict):
     "Refuse classes that cannot be told apart, and settings that nobody would read."
-    if not labels or len(set(labels)) < len(labels): raise ValueError(f"Every class needs a name of its own, got {labels}: set num_labels or label_names.")
+    if not labels or len(set(labels)) < len(labels):
+        raise ValueError(f"Every class needs a name of its own, got {labels}: set num_labels or label_names.")
     own = {'self', 'kwargs', 'special_token_ids', 'format_version'}       # found, not chosen; as is what is said of the backbone
     known = {k for k in inspect.signature(LexicalSAEConfig.__init__).parameters if not k.startswith('backbone')} - own | {'problem_type'}
     if unknown := sorted(set(settings) - known): raise ValueError(f"There is no setting '{unknown[0]}': choose one of {', '.join(sorted(known))}.")

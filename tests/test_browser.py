@@ -29,8 +29,8 @@ def test_the_report_in_a_browser(width, tmp_path):
     page = report_html('A report', attack, {'accuracy': '0.8'} | {f'figure {i}': '0.99' for i in range(6)}, tables,
                        explanations={attack: [model.explain(t) for t in TEXTS + [attack, 'film'*30]]})
     file = tmp_path/'report.html'; file.write_text(page.replace('</html>', MEASURE + '</html>'))
-    dom = subprocess.run([CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}/profile', f'--window-size={width},900', '--dump-dom',
-                          file.as_uri()], check=True, capture_output=True, text=True, timeout=120).stdout
+    dom = subprocess.run([CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}/profile',
+                          f'--window-size={width},900', '--dump-dom', file.as_uri()], check=True, capture_output=True, text=True, timeout=120).stdout
     seen = json.loads(html.unescape(re.search('<pre id="measured">(.*?)</pre>', dom)[1]))
     assert seen['title'] == 'A report' and seen['explanations'] == len(TEXTS) + 2
     assert seen['wide'] <= seen['window'], seen                          # nothing to scroll sideways

@@ -126,7 +126,8 @@ say = {task: pipeline(task, model=sys.argv[1])('the film and the plot') for task
 print(json.dumps(say, default=float))'''
     done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True, check=True)
     said, (own,) = json.loads(done.stdout.splitlines()[-1]), model.predict(['the film and the plot'])
-    assert said['text-classification'][0]['label'] == own.label and said['text-classification'][0]['score'] == pytest.approx(own.probability, abs=1e-5)
+    found = said['text-classification'][0]
+    assert found['label'] == own.label and found['score'] == pytest.approx(own.probability, abs=1e-5)
     assert [e['word'] for e in said['token-classification']] == ['the', 'film', 'and', 'the', 'plot']
 
 class Poison(TrainerCallback):
@@ -139,15 +140,15 @@ class Poison(TrainerCallback):
 
 @pytest.mark.parametrize('kind, sentence', [('weight', 'loss is not finite at step 4'), ('gradient', 'weights are not finite after step 4')])
 def test_the_last_good_checkpoint_stays_and_is_named(kind, sentence, tmp_path):
-    args = LexicalTrainingArguments(str(tmp_path), max_steps=8, per_device_train_batch_size=16, learning_rate=2e-3, report_to='none', save_strategy='steps',
-                                    save_steps=2, save_total_limit=1, use_cpu=True, disable_tqdm=True, active_target=8.)
+    args = LexicalTrainingArguments(str(tmp_path), max_steps=8, per_device_train_batch_size=16, learning_rate=2e-3, report_to='none',
+                                    save_strategy='steps', save_steps=2, save_total_limit=1, use_cpu=True, disable_tqdm=True, active_target=8.)
     trainer = LexicalTrainer(toy_model(0.), args, train_dataset=toy_texts(), data_collator=collate, callbacks=[Poison(kind)])
     with pytest.raises(FloatingPointError, match=f'{sentence} .*last good checkpoint: {tmp_path}/checkpoint-2'): trainer.train()
     assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == ['checkpoint-2']
     assert all(p.isfinite().all() for p in LexicalSAEForSequenceClassification.from_pretrained(tmp_path/'checkpoint-2').parameters())
 
-@pytest.mark.parametrize('say', [lambda m, t: m.predict([t, 'a film']), lambda m, t: m.explain(t), lambda m, t: SuppressedModel(m, ['plot']).predict([t, 'a film'])],
-                         ids=['predict', 'explain', 'view'])
+@pytest.mark.parametrize('say', [lambda m, t: m.predict([t, 'a film']), lambda m, t: m.explain(t),
+                                 lambda m, t: SuppressedModel(m, ['plot']).predict([t, 'a film'])], ids=['predict', 'explain', 'view'])
 def test_long_texts_are_cut_and_counted(say):
     model = reader()
     with pytest.warns(UserWarning, match='1 of . texts are longer than 40 tokens and were truncated'): said = say(model, 'the film '*30)

@@ -113,7 +113,8 @@ import lexical_sae, lexical_sae.bias, lexical_sae.readers as r
 assert lexical_sae.bias.identity_lexicon() and lexical_sae.explain_model_spans
 exp = lexical_sae.LexicalSAE.from_backbone(r.offline_backbone()).explain('a gorgeous, witty film')
 print(len(exp.features), exp.error, lexical_sae.__file__)'''
-    out = subprocess.run([python, '-c', code], cwd=tmp_path, check=True, capture_output=True, text=True, env=os.environ | {'LEXICAL_SAE_ASSETS': str(ROOT/'assets'), 'PYTHONPATH': ''}).stdout
+    out = subprocess.run([python, '-c', code], cwd=tmp_path, check=True, capture_output=True, text=True,
+                         env=os.environ | {'LEXICAL_SAE_ASSETS': str(ROOT/'assets'), 'PYTHONPATH': ''}).stdout
     count, error, where = out.split()
     assert int(count) > 20 and float(error) <= 1e-5 and str(tmp_path/'env') in where
 

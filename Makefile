@@ -54,7 +54,7 @@ readme: .venv/ready ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
 book: .venv/ready ## execute all chapters in place, clean, export
-	@for n in nbs/[0-9]*.ipynb nbs/index.ipynb; do echo "== $$n"; PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace "$$n"; done
+	@for n in nbs/[0-9]*.ipynb nbs/index.ipynb; do echo "== $$n"; TQDM_DISABLE=1 PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace "$$n"; done
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(MAKE) --no-print-directory readme
 
 edit: .venv/ready ## pair every chapter with a text file in .nbpy

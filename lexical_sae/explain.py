@@ -181,9 +181,10 @@ grid-template-columns:minmax(0,3fr) minmax(17rem,2fr);gap:.4rem 2rem;padding:1re
 .lx .text{font-family:Georgia,"Times New Roman",serif;font-size:1.12rem;line-height:1.9;overflow-wrap:anywhere}
 .lx .text span{padding:.1em .15em;border-radius:.2em}.lx table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
 .lx th{font-weight:500;color:#5a6577;text-align:right;border-bottom:1px solid #dfe3ea}.lx td{text-align:right;padding:.05rem .35rem}.lx td,.lx th{white-space:nowrap}
-.lx th:first-child,.lx td:first-child{text-align:left}.lx td.at{text-align:left;color:#5a6577}.lx .bar{width:34%;padding:0}
+.lx th:first-child,.lx td:first-child{text-align:left}.lx td.at{text-align:left;color:#5a6577}
+.lx td:first-child,.lx td.at{max-width:8rem;overflow:hidden;text-overflow:ellipsis}.lx .bar{width:34%;padding:0}
 .lx .bar i{display:block;height:.75em;border-radius:2px}.lx .sum{border-top:1px solid #dfe3ea;font-weight:600}.lx p{margin:.6rem 0 0;color:#5a6577;font-size:.82rem}
-@media (max-width:720px){.lx{grid-template-columns:1fr}}
+@media (max-width:720px){.lx{grid-template-columns:minmax(0,1fr)}}
 </style>'''
 
 def _coloured_text(exp):
@@ -224,7 +225,7 @@ PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 <style>body{{font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1c2330;max-width:68rem;margin:2rem auto;padding:0 1.2rem}}
 h1{{font-size:1.7rem;margin-bottom:.2rem}}h2{{font-size:1.2rem;margin:2.2rem 0 .6rem}}.cards{{display:flex;flex-wrap:wrap;gap:.7rem;margin:1rem 0}}
 .cards div{{border:1px solid #dfe3ea;border-radius:.5rem;padding:.5rem .9rem;min-width:7.5rem}}.cards b{{display:block;font-size:1.3rem;font-variant-numeric:tabular-nums}}
-.cards span,.note{{color:#5a6577;font-size:.85rem}}figure{{margin:1rem 0}}figure img{{max-width:100%}}figcaption{{color:#5a6577;font-size:.85rem}}
+.cards span,.note{{color:#5a6577;font-size:.85rem}}.tables{{display:flex;flex-wrap:wrap;gap:0 3rem}}figure{{margin:1rem 0}}figure img{{max-width:100%}}figcaption{{color:#5a6577;font-size:.85rem}}
 table.dataframe{{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}}table.dataframe td,table.dataframe th{{padding:.15rem .7rem;border:0;border-bottom:1px solid #eef0f4;text-align:left}}</style>
 <h1>{title}</h1><p class="note">{subtitle}</p>{body}</html>'''
 NOTE = ('Every number below a text is exact: the contributions of the open words and the bias add up to the logit. The colour of an input word '
@@ -240,7 +241,8 @@ def report_html(
 ) -> str:
     "One self-contained page."
     body = ['<div class="cards">' + ''.join(f'<div><b>{html.escape(str(v))}</b><span>{html.escape(k)}</span></div>' for k, v in cards.items()) + '</div>']
-    body += [f'<h2>{html.escape(h)}</h2>{t.to_html(index=False, border=0, escape=True)}' for h, t in (tables or {}).items()]
+    sections = [f'<section><h2>{html.escape(h)}</h2>{t.to_html(index=False, border=0, escape=True)}</section>' for h, t in (tables or {}).items()]
+    body.append(f'<div class="tables">{"".join(sections)}</div>')
     for caption, png in (figures or {}).items():
         body.append(f'<figure><img alt="{html.escape(caption, quote=True)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>')
     if explanations: body.append(f'<h2>Explanations</h2><p class="note">{NOTE}</p>')

@@ -9,6 +9,7 @@ __all__ = ['TOP', 'FrozenReference', 'centred_contributions', 'WordAssociations'
 # %% ../nbs/01c_grounding.ipynb #b26dd5cf
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,17 @@ class FrozenReference(nn.Module):
         return cls(copy.deepcopy(model.backbone), model.logit_shift.item(), None if model.senses is None else model.base_ids)
 
     @classmethod
-    def load(cls, model: LexicalSAE) -> 'FrozenReference':
-        "The reference named in a saved model's config; raises where it is absent or has changed."
-        name, want = model.config.backbone_name, model.config.backbone_hash
+    def load(cls,
+        model: LexicalSAE,
+        name: str|Path|None = None,  # hub id or folder; None: as the model's config names it
+    ) -> 'FrozenReference':
+        "The backbone a saved model started from; raises where it is absent or has changed."
+        name, want = name or model.config.backbone_name, model.config.backbone_hash
         if not name: raise ValueError("This model does not name its backbone: pass the frozen reference it was trained from.")
-        backbone = load_backbone(name, model.config.backbone_revision)
+        try: backbone = load_backbone(name, model.config.backbone_revision)
+        except OSError as e:
+            raise ValueError(f"The backbone '{name}' was not found, and without it nothing says what the words meant before training: "
+                             "pass reference=FrozenReference.load(model, FOLDER).") from e
         if want and weights_hash(backbone) != want:
             raise ValueError(f"The weights of '{name}' are not those this model started from: pass the right revision of the backbone.")
         return cls(lift(backbone), model.logit_shift.item(), None if model.senses is None else model.base_ids)

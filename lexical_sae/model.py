@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'projection', 'lift', 'LexicalSAEConfig', 'SparseSequence', 'LexicalSAE', 'sample_sentences',
-           'load_backbone', 'check_backbone_config', 'masked_loss', 'check_tokenizer', 'weights_hash', 'from_backbone',
-           'check_texts', 'from_pretrained', 'LexicalOutput', 'LexicalSAEForSequenceClassification',
-           'LexicalSAEForTokenClassification', 'Prediction']
+           'read_weights', 'load_backbone', 'check_backbone_config', 'masked_loss', 'check_tokenizer', 'weights_hash',
+           'check_settings', 'from_backbone', 'check_texts', 'from_pretrained', 'LexicalOutput',
+           'LexicalSAEForSequenceClassification', 'LexicalSAEForTokenClassification', 'Prediction']
 
 # %% ../nbs/01a_model.ipynb #f99421d6
 import hashlib
+import inspect
 import os
+import re
 import tempfile
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -105,6 +107,9 @@ class LexicalSAEConfig(PreTrainedConfig):
         self.format_version = format_version
         super().__init__(**kwargs)
         if pooling not in ('max', 'attention'): raise ValueError(f"Unknown pooling '{pooling}': choose 'max' or 'attention'.")
+        if classifier_hidden < 0: raise ValueError(f"classifier_hidden must be 0 (a linear head) or positive, got {classifier_hidden}.")
+        if isinstance(init_threshold, str) and init_threshold != 'auto':
+            raise ValueError(f"init_threshold must be 'auto' or a number, got '{init_threshold}'.")
         if self.sense_words and (pooling != 'max' or topk_per_position):
             raise ValueError("Senses are chosen position by position and pooled by their maximum: use pooling='max' and topk_per_position=0.")
         if format_version > FORMAT_VERSION:
@@ -174,12 +179,17 @@ class LexicalSAE(PreTrainedModel):
     main_input_name = 'input_ids'
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True   # the backbone decides
-    _keep_in_fp32_modules_strict = {'head', 'activation', 'senses'}              # the identity is exact in float32, not in bfloat16
+    # the identity is exact in float32, not in bfloat16; full names, because backbones have heads of their own and ids must stay whole numbers
+    _keep_in_fp32_modules_strict = {'head.fc1', 'head.fc2', 'activation.log_theta', 'activation.spread', 'logit_shift',
+                                    'senses.keys', 'senses.bias', 'senses.scale'}
     tokenizer: PreTrainedTokenizerBase|None = None
 
     def __init__(self, config: LexicalSAEConfig, backbone: PreTrainedModel|None = None):
         super().__init__(config)
         if backbone is None:
+            if not config.backbone_config:
+                raise ValueError("This is no saved Lexical-SAE (its config names no backbone): "
+                                 "to start from a language model, use LexicalSAE.from_backbone.")
             backbone = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**config.backbone_config))
         self.backbone = lift(backbone)
         weight, _ = projection(backbone)
@@ -194,6 +204,14 @@ class LexicalSAE(PreTrainedModel):
 
     def _init_weights(self, module):
         if isinstance(module, ClassifierHead): module.reset_parameters()
+
+    def _apply(self, fn, recurse=True):
+        "Move or cast: the backbone may be halved; gate and head stay in float32 or better."
+        def exact(t):
+            moved = fn(t)
+            return t.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+        for name, module in self.named_children(): module._apply(fn if name == 'backbone' else exact)
+        return super()._apply(exact, recurse=False)
 
     # ---- vocabulary ------------------------------------------------------------------------------------------
     @property
@@ -236,6 +254,9 @@ class LexicalSAE(PreTrainedModel):
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor|None = None, token_type_ids: Tensor|None = None) -> SparseSequence:
         "Run the backbone; nothing is decoded yet."
+        if (L := input_ids.shape[1]) > self.config.max_positions:
+            raise ValueError(f"The batch is {L} tokens long and the backbone reads {self.config.max_positions}: "
+                             "cut the texts with model.batch, or truncation and max_length.")
         extra = {} if token_type_ids is None else {'token_type_ids': token_type_ids}
         h = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **extra).logits           # [B,L,D]
         return SparseSequence(h, self.keep_mask(input_ids, attention_mask), self)
@@ -286,11 +307,11 @@ class LexicalSAE(PreTrainedModel):
         flat = text*self.num_dims + nz.dim                               # [n] index into [B*V]
         share = self.attention(seq)[text, position] if self.query is not None else torch.ones_like(nz.value)
         value = nz.value*share
-        s = value.new_zeros(len(seq.h)*self.num_dims)
-        s = s.index_add(0, flat, value) if self.query is not None else s.scatter_reduce(0, flat, value, 'amax')
-        order = value.argsort()                                          # the loudest writes last
-        where = torch.zeros(len(s), dtype=torch.int32, device=s.device)
-        where[flat[order]] = position[order].int()
+        closed = value.new_zeros(len(seq.h)*self.num_dims)
+        loudest = closed.scatter_reduce(0, flat, value, 'amax')
+        s = closed.index_add(0, flat, value) if self.query is not None else loudest
+        first = value == loudest[flat]                                   # of several that are as loud, the first: on every device the same
+        where = torch.zeros_like(closed, dtype=torch.int32).scatter_reduce(0, flat[first], position[first].int(), 'amin', include_self=False)
         return s.view(-1, self.num_dims), self.head, where.view(-1, self.num_dims)
 
     def tag(self, sequence: SparseSequence) -> Tensor:                   # [B,L,C]
@@ -314,6 +335,20 @@ def sample_sentences() -> list[str]:
     "64 plain English sentences, for the threshold and the check of a head where no data is given."
     return files('lexical_sae').joinpath('sentences.txt').read_text(encoding='utf-8').splitlines()
 
+def read_weights(
+    load,            # a `from_pretrained`
+    name: str|Path,  # hub id or folder
+    *args, **kwargs,
+) -> tuple[PreTrainedModel, dict]:  # the model, and what its checkpoint lacks (`missing_keys`)
+    "Weights from safetensors only, because a pickle can run code; damage raises one sentence."
+    try: return load(name, *args, **kwargs | dict(use_safetensors=True, output_loading_info=True))
+    except (SafetensorError, EOFError) as e:
+        raise ValueError(f"The weights in '{name}' are damaged or half written ({e}): save the model again, or use an earlier checkpoint.") from e
+    except OSError as e:
+        if not re.search('(no|have a) file named', str(e)): raise
+        raise ValueError(f"'{name}' has no safetensors weights, and pickled ones are not read: where you trust them, load them with transformers "
+                         "and save them again with save_pretrained.") from e
+
 def load_backbone(
     name: str|Path,             # hub id or folder of an AutoModelForMaskedLM
     revision: str|None = None,
@@ -322,7 +357,12 @@ def load_backbone(
     "Load a masked language model, or say in one sentence why it cannot serve."
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     check_backbone_config(config, name)
-    model, info = AutoModelForMaskedLM.from_pretrained(name, revision=revision, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+    # "main" by name: only then does transformers look for the hub's own safetensors copy of a pickled checkpoint
+    load = partial(read_weights, AutoModelForMaskedLM.from_pretrained, name, revision=revision or 'main', dtype=dtype, trust_remote_code=False)
+    model, info = load(config=config)
+    if info['missing_keys'] and getattr(config, 'legacy', False):        # DeBERTa-v2's own checkpoints have the newer head, and do not say so
+        config.legacy = False
+        model, info = load(config=config)
     if info['missing_keys']:
         raise ValueError(f"'{name}' has no trained language-model head (missing: {', '.join(sorted(info['missing_keys']))}): "
                          "choose a checkpoint that was saved with its masked-language-model head.")
@@ -353,6 +393,7 @@ def masked_loss(
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel):
     "Refuse a tokenizer that does not belong to the backbone, and a head that was never trained."
     V = backbone.config.vocab_size
+    if tokenizer.mask_token_id is None: raise ValueError("The tokenizer has no mask token: use that of a masked language model.")
     if len(tokenizer) > V:
         raise ValueError(f"The tokenizer has {len(tokenizer)} entries and the backbone {V}: use the tokenizer of this backbone.")
     loss, chance = masked_loss(backbone, tokenizer, sample_sentences()[:16]), torch.tensor(float(V)).log().item()
@@ -373,6 +414,14 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(name.encode()); digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
+def check_settings(labels: list[str], settings: dict):
+    "Refuse classes that cannot be told apart, and settings that nobody would read."
+    if not labels or len(set(labels)) < len(labels):
+        raise ValueError(f"Every class needs a name of its own, got {labels}: set num_labels or label_names.")
+    own = {'self', 'kwargs', 'special_token_ids', 'format_version'}       # found, not chosen; as is what is said of the backbone
+    known = {k for k in inspect.signature(LexicalSAEConfig.__init__).parameters if not k.startswith('backbone')} - own | {'problem_type'}
+    if unknown := sorted(set(settings) - known): raise ValueError(f"There is no setting '{unknown[0]}': choose one of {', '.join(sorted(known))}.")
+
 def from_backbone(cls,
     backbone: str|Path|PreTrainedModel,  # hub id, folder, or a model in memory
     num_labels: int = 2,                 # C
@@ -382,13 +431,14 @@ def from_backbone(cls,
     **kwargs,                            # fields of `LexicalSAEConfig`; label_names
 ) -> 'LexicalSAE':
     "A new model on a pretrained backbone, its gates at the language model's own words."
+    labels = kwargs.pop('label_names', None) or [f'LABEL_{i}' for i in range(num_labels)]
+    check_settings(labels, kwargs)
     name = None if isinstance(backbone, PreTrainedModel) else str(backbone)
     if name is None: check_backbone_config(backbone.config)
     else:
         backbone = load_backbone(name, revision)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, revision=revision)
     if tokenizer is not None and check: check_tokenizer(tokenizer, backbone)
-    labels = kwargs.pop('label_names', None) or [f'LABEL_{i}' for i in range(num_labels)]
     config = cls.config_class(backbone.config, num_labels=len(labels), id2label=dict(enumerate(labels)),
                               label2id={l: i for i, l in enumerate(labels)}, special_token_ids=_special_ids(tokenizer), backbone_name=name,
                               backbone_revision=revision, backbone_hash=weights_hash(backbone), **kwargs)
@@ -471,18 +521,19 @@ def save_pretrained(self: LexicalSAE, save_directory: str|Path, push_to_hub: boo
         if self.tokenizer is not None: self.tokenizer.save_pretrained(tmp)
         # config.json last: a folder without it is not yet a model
         for f in sorted(Path(tmp).iterdir(), key=lambda f: f.name == 'config.json'): os.replace(f, target/f.name)
-    if push_to_hub: self.push_to_hub(kwargs.get('repo_id') or target.name)
+    wanted = ('commit_message', 'commit_description', 'private', 'token', 'revision', 'create_pr', 'tags')
+    if push_to_hub: self.push_to_hub(kwargs.get('repo_id') or target.name, **{k: kwargs[k] for k in wanted if k in kwargs})
 
-def from_pretrained(cls, name: str|Path, *args, **kwargs) -> 'LexicalSAE':
-    "Load a saved model with its tokenizer; a damaged checkpoint raises one sentence."
-    try: model = PreTrainedModel.from_pretrained.__func__(cls, name, *args, **kwargs)
-    except (SafetensorError, EOFError) as e:
-        raise ValueError(f"The weights in '{name}' are damaged or half written ({e}): save the model again, or use an earlier checkpoint.") from e
-    loaded = model[0] if isinstance(model, tuple) else model
-    if loaded.tokenizer is None:
-        try: loaded.tokenizer = AutoTokenizer.from_pretrained(name, revision=kwargs.get('revision'))
+def from_pretrained(cls, name: str|Path, *args, output_loading_info: bool = False, **kwargs) -> 'LexicalSAE':
+    "Load a saved model with its tokenizer; a damaged or incomplete checkpoint raises one sentence."
+    model, info = read_weights(partial(PreTrainedModel.from_pretrained.__func__, cls), name, *args, **kwargs)
+    if missing := sorted(info['missing_keys']):                          # transformers would put random numbers in their place
+        raise ValueError(f"The weights in '{name}' are incomplete ({len(missing)} missing, such as {', '.join(missing[:3])}): "
+                         "save the model again, or use an earlier checkpoint.")
+    if model.tokenizer is None:
+        try: model.tokenizer = AutoTokenizer.from_pretrained(name, revision=kwargs.get('revision'))
         except (OSError, ValueError): warnings.warn(f"No tokenizer beside the model in '{name}': set model.tokenizer before using texts.")
-    return model
+    return (model, info) if output_loading_info else model
 LexicalSAE.from_pretrained = classmethod(from_pretrained)
 
 # %% ../nbs/01a_model.ipynb #f8e023cb

@@ -188,7 +188,7 @@ def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # on the CPU; sec
     config = setup.config
     kept, key = Path(config.twin) if config.twin else None, _twin_key(setup)
     set_seed(config.seed)
-    twin = DenseClassifier(AutoModel.from_pretrained(setup.backbone, dtype=torch.float32), len(setup.names),
+    twin = DenseClassifier(AutoModel.from_pretrained(setup.backbone, dtype=torch.float32, use_safetensors=True), len(setup.names),
                            label_smoothing=config.training.get('label_smoothing', LexicalTrainingArguments.label_smoothing))
     if kept and (kept/'twin.json').exists():
         found = json.loads((kept/'twin.json').read_text())

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from .geco import GECOController, tau_from_accuracy
 from .grounding import FrozenReference
@@ -226,10 +226,11 @@ class LexicalTrainer(Trainer):
 
     def _stop_on_nan(self, loss, terms):
         if torch.isfinite(loss): return
-        values = ', '.join(f'{k} {v.item():.3g}' for k, v in terms.items())
-        last = self.state.best_model_checkpoint or 'none was saved'
-        raise FloatingPointError(f"The loss is not finite at step {self.state.global_step + 1} ({values}): "
-                                 f"lower the learning rate; last good checkpoint: {last}.")
+        self._stop(f'The loss is not finite at step {self.state.global_step + 1}', ', '.join(f'{k} {v.item():.3g}' for k, v in terms.items()))
+
+    def _stop(self, what, where):
+        last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        raise FloatingPointError(f"{what} ({where}): lower the learning rate; last good checkpoint: {last or 'none was saved'}.")
 
     def dual_step(self):
         "Once per optimiser step: GECO, the moving average of k, and the alarm for closed gates."
@@ -325,7 +326,9 @@ class LexicalTrainer(Trainer):
     def _get_output_dir(self, trial): return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
-        "Write under a name that no resume picks up, then rename."
+        "Write under a name that no resume picks up, then rename; broken weights never take the place of good ones."
+        if broken := [name for name, p in self._net.named_parameters() if not p.isfinite().all()]:
+            self._stop(f'The weights are not finite after step {self.state.global_step}', broken[0])
         final, name = Path(super()._get_output_dir(trial)), f'checkpoint-{self.state.global_step}'
         self._staging = str(final/'.unfinished')
         try:

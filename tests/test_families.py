@@ -116,6 +116,20 @@ def test_head_stays_in_float32_under_autocast():
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): state = model.classify(model(ids, mask))
     assert state.logits.dtype == torch.float32 and identity_error(state) <= 1e-5
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bfloat16', 'float16'])
+@pytest.mark.parametrize('family', CONFIGS)
+def test_half_of_the_model_is_never_the_head(family, dtype, tmp_path):
+    "Loaded or cast in half precision, the backbone is halved; gate and head are not, and ids and masks stay what they are."
+    model, (ids, mask) = build(family), batch()
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match='No tokenizer'): loaded = LexicalSAE.from_pretrained(tmp_path, dtype=dtype)
+    for half in (loaded, model.to(dtype)):
+        assert {p.dtype for p in half.backbone.parameters()} == {dtype} and half.activation.allowed.dtype == torch.bool
+        assert {p.dtype for m in (half.head, half.activation) for p in m.parameters()} == {torch.float32}
+        with torch.no_grad(): seq = half(ids, mask); state, tags = half.classify(seq, mask), half.tag_state(seq)
+        assert state.num_active.min() > 0 and max(identity_error(state), identity_error(tags)) <= 1e-5
+    assert half.double().head.fc1.weight.dtype == torch.float64                                  # better is allowed
+
 def test_deepcopy_keeps_the_projection_lifted():
     model, (ids, mask) = build('bert'), batch()
     twin = copy.deepcopy(model)
@@ -126,3 +140,13 @@ def test_forward_takes_no_kwargs():
     import inspect
     for cls in LexicalSAEForSequenceClassification.__mro__[:2]:
         assert all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(cls.forward).parameters.values())
+
+@pytest.mark.parametrize('pooling', ['max', 'attention'])
+def test_topk_words_come_from_their_loudest_position(pooling):
+    model, (ids, mask) = build('bert', pooling=pooling, topk_per_position=3), batch()
+    if model.query is not None: nn.init.normal_(model.query)
+    with torch.no_grad():
+        seq = model(ids, mask); state, said = model.classify(seq), seq.dense()
+        if model.query is not None: said = said*model.attention(seq)[..., None]
+    open_ = state.sparse_vector > 0
+    assert open_.sum() > 9 and torch.equal(state.position[open_].long(), said.argmax(1)[open_])

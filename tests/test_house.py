@@ -2,6 +2,7 @@
 import ast
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -98,6 +99,7 @@ def test_no_machine_paths():
         for f in ROOT.glob(pattern):
             text = f.read_text()
             assert not re.search(r'(?<![\w.])/(work|tmp/proto)/', text) and home not in text, f'{f} names a path of one machine'
+    for f in CHAPTERS: assert '/tmp/' not in json.dumps([c.get('outputs') for c in cells(f)]), f'{f} shows a path of one machine'
 
 @pytest.mark.slow
 def test_wheel_works_in_an_empty_environment(tmp_path):
@@ -106,9 +108,15 @@ def test_wheel_works_in_an_empty_environment(tmp_path):
     venv.create(tmp_path/'env', with_pip=True)
     python = tmp_path/'env/bin/python'
     subprocess.run([python, '-m', 'pip', 'install', '-q', '-c', ROOT/'constraints.txt', wheel], check=True)
-    code = 'import lexical_sae, lexical_sae.model as m, lexical_sae.bias as b; assert b.identity_lexicon(); print(len(m.sample_sentences()), lexical_sae.__file__)'
-    out = subprocess.run([python, '-c', code], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    assert out.startswith('64 ') and str(tmp_path/'env') in out
+    code = '''
+import lexical_sae, lexical_sae.bias, lexical_sae.readers as r
+assert lexical_sae.bias.identity_lexicon() and lexical_sae.explain_model_spans
+exp = lexical_sae.LexicalSAE.from_backbone(r.offline_backbone()).explain('a gorgeous, witty film')
+print(len(exp.features), exp.error, lexical_sae.__file__)'''
+    out = subprocess.run([python, '-c', code], cwd=tmp_path, check=True, capture_output=True, text=True,
+                         env=os.environ | {'LEXICAL_SAE_ASSETS': str(ROOT/'assets'), 'PYTHONPATH': ''}).stdout
+    count, error, where = out.split()
+    assert int(count) > 20 and float(error) <= 1e-5 and str(tmp_path/'env') in where
 
 @pytest.mark.slow
 def test_an_experiment_runs_from_its_parameter_file(tmp_path):

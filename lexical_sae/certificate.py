@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .activation import Gate
-from .model import LexicalSAE, SparseSequence, _inline_head, projection
+from .backbone import _inline_head, projection
+from .model import LexicalSAE, SparseSequence
 from .results import atomic_write, versions
 from .surgery import SuppressedModel, _as_list, _close, classified, removal_effect, select_dims
 from .words import normalise_word, read_vocabulary, surface_forms

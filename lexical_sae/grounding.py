@@ -18,7 +18,8 @@ from tqdm import tqdm
 from .dla import CircuitState, ClassifierHead, circuit_state, identity_error
 from .words import normalise_word, text_words, vocabulary_words
 from .targets import is_multilabel, right_answers
-from .model import LexicalSAE, lift, load_backbone, projection, weights_hash
+from .backbone import lift, load_backbone, projection, weights_hash
+from .model import LexicalSAE
 
 # %% ../nbs/01c_grounding.ipynb #75b3eef1
 class FrozenReference(nn.Module):

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from .decode import pooled_decode
 from .dla import CircuitState, circuit_state
 from .grounding import centred_contributions
-from .model import LexicalSAE, check_texts, sample_sentences
+from .backbone import sample_sentences
+from .model import LexicalSAE, check_texts
 
 # %% ../nbs/05g_long_context.ipynb #405ed702
 @dataclass(frozen=True)

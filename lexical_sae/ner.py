@@ -26,7 +26,8 @@ from .activation import Gate
 from .dense import DenseClassifier
 from .dla import TagCircuitState, circuit_mask
 from .entities import TagPredictions
-from .model import LexicalSAE, LexicalSAEForTokenClassification, check_labels, projection
+from .backbone import projection
+from .model import LexicalSAE, LexicalSAEForTokenClassification, check_labels
 from .objectives import AttributionCentroidTracker, masked_language_loss, revival_loss
 from .pairs import gather_sum, pair_dots
 from .train import LexicalTrainer, LexicalTrainingArguments

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from .activation import TopK
 from .dla import CircuitState
 from .grounding import FrozenReference, centred_contributions
-from .model import LexicalSAE, check_texts, projection
+from .backbone import projection
+from .model import LexicalSAE, check_texts
 
 # %% ../nbs/05f_scaling.ipynb #436a11de
 @dataclass(frozen=True)

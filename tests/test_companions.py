@@ -19,7 +19,8 @@ from lexical_sae.dla import identity_error, relative_gap
 from lexical_sae.grounding import FrozenReference, measure_grounding
 from lexical_sae.layerwise import METHODS, edited_layers, find_layers, layer_contributions, measure_layers, split_by_layer
 from lexical_sae.long_context import PeakMemory, classify_windows, hide_needle, measure_long_context, pool_windows, windows_of
-from lexical_sae.model import LexicalSAE, LexicalSAEConfig, LexicalSAEForSequenceClassification, sample_sentences
+from lexical_sae.backbone import sample_sentences
+from lexical_sae.model import LexicalSAE, LexicalSAEConfig, LexicalSAEForSequenceClassification
 from lexical_sae.polysemy import WicPair, expand_senses, load_wic, measure_wic, most_varied_words
 from lexical_sae.scaling import (ScalingFitter, best_probe, compute_ablation_sparsity, compute_downstream_loss, logistic_probes, measure_scaling,
                                  removal_effects)

@@ -11,7 +11,8 @@ from transformers import (AlbertConfig, AutoModelForMaskedLM, BertConfig, Debert
 
 from lexical_sae.decode import naive_decode, pooled_decode
 from lexical_sae.dla import identity_error, route_to_positions
-from lexical_sae.model import LexicalSAE, LexicalSAEForSequenceClassification, projection
+from lexical_sae.backbone import projection
+from lexical_sae.model import LexicalSAE, LexicalSAEForSequenceClassification
 
 V, D = 83, 16
 SMALL = dict(vocab_size=V, hidden_size=D, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=40)

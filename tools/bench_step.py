@@ -9,7 +9,8 @@ from transformers.utils import logging
 
 from lexical_sae.data import offline_backbone
 from lexical_sae.dense import DenseClassifier, DenseTrainer
-from lexical_sae.model import LexicalSAEForSequenceClassification, sample_sentences
+from lexical_sae.backbone import sample_sentences
+from lexical_sae.model import LexicalSAEForSequenceClassification
 from lexical_sae.train import LexicalTrainer, LexicalTrainingArguments
 
 B, L, C = 32, 64, 2

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'SCHEMA', 'METRICS', 'atomic_write', 'public_text', 'plain', 'versions', 'hardware', 'write_results',
-           'read_results', 'results_table', 'PairedDifference', 'paired_bootstrap']
+           'read_results', 'results_table', 'headline', 'PairedDifference', 'paired_bootstrap']
 
 # %% ../nbs/01d_results.ipynb #f13faaf9
 import json
@@ -223,6 +223,18 @@ def results_table(
     table = pd.DataFrame(rows).set_index('experiment')
     first = ['data', 'backbone', 'seed', *METRICS]
     return table[[c for c in first if c in table] + [c for c in table if c not in first]]
+
+# %% ../nbs/01d_results.ipynb #32d56269
+def headline(
+    result: dict,   # of `read_results`
+) -> list[str]:     # the lines of those that it measured
+    "Score, active words and worst identity error of a run."
+    m = result['metrics']
+    score = next((k for k in ('entity_f1', 'accuracy') if k in m), None)
+    twin = m.get('dense', {}).get(score)
+    return ([] if score is None else [f"{score} {m[score]:.4f}" + ('' if twin is None else f" (dense twin {twin:.4f})")]) + (
+        [f"mean active dimensions {m['active_dims']:.1f}"] if 'active_dims' in m else []) + (
+        [f"worst identity error {m['identity_error']:.1e}"] if 'identity_error' in m else [])
 
 # %% ../nbs/01d_results.ipynb #ba6c454d
 @dataclass(frozen=True)

@@ -40,15 +40,10 @@ def main(params_file, *changes):
 
 def summary(out, notebook):
     "The lines that people look for; an experiment has those that it measured."
-    from lexical_sae.results import read_results
-    m = read_results(out)['metrics']
+    from lexical_sae.results import headline, read_results
     print()
     if (out/'model').exists(): print(f"model      {out/'model'}")
-    print(f"results    {out/'results.json'}\nnotebook   {out/notebook.name}")
-    score = 'entity_f1' if 'entity_f1' in m else 'accuracy'
-    if score in m: print(f"{score} {m[score]:.4f}" + (f" (dense twin {m['dense'][score]:.4f})" if m.get('dense') else ''))
-    if 'active_dims' in m: print(f"mean active dimensions {m['active_dims']:.1f}")
-    if 'identity_error' in m: print(f"worst identity error {m['identity_error']:.1e}")
+    print(f"results    {out/'results.json'}\nnotebook   {out/notebook.name}", *headline(read_results(out)), sep='\n')
     if (out/'report.html').exists(): print(f"report {(out/'report.html')}")
 
 if __name__ == '__main__': main(*sys.argv[1:])

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 
 from .geco import GECOController, tau_from_accuracy
@@ -29,7 +30,7 @@ from .objectives import (AttributionCentroidTracker, FeatureFrequencyTracker, Le
                                     separation_loss, sparsity_loss, strongest_answers, strongest_rival)
 from .optimisation import build_optimizer, centralize_gradients, evaluation_mode, parameter_groups
 from .targets import class_weights, is_multilabel
-from .watch import ConstrainedStopping, ProgressLines, ReferenceCache, ValidationFitter, constrained_score
+from .watch import ConstrainedStopping, EpochOrder, ProgressLines, ReferenceCache, ValidationFitter, constrained_score
 
 # %% ../nbs/02c_train.ipynb #cd3ab8c3
 @dataclass
@@ -109,7 +110,7 @@ class LexicalTrainer(Trainer):
         self.level = LevelController(args.active_target, args.active_hold, args.active_until, args.level_rate) if args.level_rate else None
         self.teacher = None if teacher is None else teacher.to(args.device)
         if args.backbone_dropout is not None: set_dropout(model.backbone, args.backbone_dropout)
-        self.active_ema, self.terms, self.step_terms, self._staging, self._fitter, self.choice = None, {}, [], None, None, None
+        self.active_ema, self.terms, self.step_terms, self._staging, self._fitter, self.choice, self._order = None, {}, [], None, None, None, None
         self.add_callback(_DualStep(self)); self.add_callback(ConstrainedStopping(self, args.patience))
 
     def _weigh_classes(self, model):
@@ -317,6 +318,12 @@ class LexicalTrainer(Trainer):
         per_epoch = math.ceil(len(self.train_dataset)/self.args.train_batch_size/self.args.gradient_accumulation_steps)
         return self.args.max_steps if self.args.max_steps > 0 else math.ceil(per_epoch*self.args.num_train_epochs)
 
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)            # the random sampler has a seed of its own for each epoch
+        if not isinstance(sampler, LengthGroupedSampler): return sampler
+        self._order = EpochOrder(sampler, self.accelerator.num_processes, self.args.device)
+        return self._order
+
     # ---- checkpoints -----------------------------------------------------------------------------------------
     def save_model(self, *args, **kwargs):
         evaluation_mode(self.optimizer)                                  # schedule-free: the averaged weights are the model
@@ -356,8 +363,9 @@ class LexicalTrainer(Trainer):
         return nn.ModuleDict(parts if self.level is None else parts | dict(level=self.level))
 
     def _save_method(self, folder):
-        "Constraint, trackers and the moving average of k."
+        "Constraint, trackers, the moving average of k, and what the epoch's order was drawn from."
         state = {k: v.contiguous() for k, v in self._method().state_dict().items()}
+        if self._order is not None: state['order'] = self._order.drawn_from
         save_file(state | {'active_ema': torch.tensor(float('nan') if self.active_ema is None else self.active_ema, dtype=torch.float64)},
                   folder/'method.safetensors')
 
@@ -368,7 +376,8 @@ class LexicalTrainer(Trainer):
         if not path.exists():
             raise FileNotFoundError(f"{checkpoint} was not written by this trainer (it has no method.safetensors): choose another checkpoint.")
         state = load_file(path)
-        active = state.pop('active_ema').item()
+        active, order = state.pop('active_ema').item(), state.pop('order', None)
+        if self._order is not None and self.state.epoch % 1 and not self.args.ignore_data_skip: self._order.resumed = order   # in mid-epoch
         self.active_ema = None if math.isnan(active) else active
         self._method().load_state_dict(state)
 

@@ -138,7 +138,7 @@ class LexicalTrainer(Trainer):
             self._stop_on_nan(loss, terms)
         else:
             loss = outputs.loss
-            if self._fitter is not None and 'labels' in inputs: self._fitter.update(outputs.state, inputs)
+            if self._fitter is not None and 'labels' in inputs: self._fitter.update(outputs.state, inputs, self._counted(len(outputs.logits)))
         return (loss, outputs) if return_outputs else loss
 
     def loss_terms(self, outputs, inputs, example_id=None) -> dict:
@@ -285,6 +285,12 @@ class LexicalTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     # ---- held-out texts --------------------------------------------------------------------------------------
+    def _counted(self, n):
+        "Texts of this process's batch that repeat none: the last batches of several processes are filled up."
+        now = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not now.end_of_dataloader or now.remainder < 1: return n
+        return min(n, max(0, now.remainder - n*self.accelerator.process_index))
+
     def evaluation_loop(self, *args, metric_key_prefix='eval', **kwargs):
         "The Trainer's, and what a run is judged by (chapter 02bb)."
         if isinstance(self._net, LexicalSAEForSequenceClassification):

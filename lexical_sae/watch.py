@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from .dla import CircuitState
+from .dla import CircuitState, circuit_state
 from .grounding import TOP, FrozenReference, centred_contributions, reference_ranks
 from .model import LexicalSAE
 from .targets import classification_loss, is_multilabel, right_answers
@@ -84,8 +84,13 @@ class ValidationFitter:
     def update(self,
         state: CircuitState,
         batch: dict,          # input_ids, attention_mask, labels
+        counted: int|None = None,  # the first so many texts of the batch; None: all
     ):
         "One batch."
+        if counted is not None and counted < len(state.logits):
+            if not counted: return
+            batch = {k: batch[k][:counted] for k in ('input_ids', 'attention_mask', 'labels')}
+            state = circuit_state(state.sparse_vector[:counted], state.head, state.position[:counted])
         n, labels = len(state.logits), batch['labels']
         ce = classification_loss(state.logits, labels, self.multilabel, self.model.label_smoothing, self.model.class_weights)
         size, said = self._said(state, batch) if self.reference is not None else (0., 0.)

@@ -60,7 +60,7 @@ def main(folder, *options):
     settings = dict(max_steps=24, backbone_dropout=None, per_device_train_batch_size=16, learning_rate=5e-3, logging_steps=1, report_to='none', save_strategy='no',
         use_cpu=True, disable_tqdm=True,
                     active_target=4., anchor_margin=1., warmup_fraction=.25, revival_weight=.01,
-                    separation_weight=.1, dataloader_drop_last=True) | given
+                    separation_weight=.1) | given
     trainer = Slow(model(dropout), LexicalTrainingArguments(folder, **settings), train_dataset=texts(uneven=uneven),
         eval_dataset=texts(held_out, uneven) if held_out else None, data_collator=collate, **stop)
     trainer.remove_callback(PrinterCallback)

@@ -253,8 +253,8 @@ class LexicalTrainer(Trainer):
 
     def settle_level(self):
         "Hold K on the held-out texts, where there are any."
+        evaluation_mode(self.optimizer)                                  # schedule-free: the averaged weights are the model, held-out texts or not
         if self.level is None or self.eval_dataset is None: return
-        evaluation_mode(self.optimizer)                                  # schedule-free: the averaged weights are the model
         turns = range(max(1, min(_LOOK_BATCHES, len(self.eval_dataset)//self.args.per_device_eval_batch_size)))
         self.level.settle(self._net.activation, lambda: sum(self._held_out_active(t) for t in turns)/len(turns))
 

@@ -110,7 +110,8 @@ class LexicalTrainer(Trainer):
         self.level = LevelController(args.active_target, args.active_hold, args.active_until, args.level_rate) if args.level_rate else None
         self.teacher = None if teacher is None else teacher.to(args.device)
         if args.backbone_dropout is not None: set_dropout(model.backbone, args.backbone_dropout)
-        self.active_ema, self.terms, self.step_terms, self._staging, self._fitter, self.choice, self._order = None, {}, [], None, None, None, None
+        self.active_ema, self.terms, self.step_terms, self._staging, self._fitter, self.choice = None, {}, [], None, None, None
+        self._order, self._written = None, 'none was saved'
         self.add_callback(_DualStep(self)); self.add_callback(ConstrainedStopping(self, args.patience))
 
     def _weigh_classes(self, model):
@@ -228,9 +229,8 @@ class LexicalTrainer(Trainer):
     def _stop_on_nan(self, loss, terms):
         if torch.isfinite(loss): return
         values = ', '.join(f'{k} {v.item():.3g}' for k, v in terms.items())
-        last = self.state.best_model_checkpoint or 'none was saved'
         raise FloatingPointError(f"The loss is not finite at step {self.state.global_step + 1} ({values}): "
-                                 f"lower the learning rate; last good checkpoint: {last}.")
+                                 f"lower the learning rate; last good checkpoint: {self._written}.")
 
     def dual_step(self):
         "Once per optimiser step: GECO, the moving average of k, and the alarm for closed gates."
@@ -338,7 +338,10 @@ class LexicalTrainer(Trainer):
     def _get_output_dir(self, trial): return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
-        "Write under a name that no resume picks up, then rename."
+        "Write under a name that no resume picks up, then rename; weights that are not finite are no checkpoint."
+        if not all(p.isfinite().all() for p in self._net.parameters()):
+            raise FloatingPointError(f"The weights are not finite after step {self.state.global_step}: "
+                                     f"lower the learning rate; last good checkpoint: {self._written}.")
         final, name = Path(super()._get_output_dir(trial)), f'checkpoint-{self.state.global_step}'
         self._staging = str(final/'.unfinished')
         try:
@@ -354,6 +357,7 @@ class LexicalTrainer(Trainer):
             if self.args.should_save: shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
         if self.state.best_global_step: self.state.best_model_checkpoint = str(final/f'checkpoint-{self.state.best_global_step}')
+        self._written = str(final/name)
 
     def _finish_checkpoint(self, written, final):
         "Add what the Trainer does not know, name the best checkpoint by its final place, rename, drop old checkpoints."
@@ -386,6 +390,7 @@ class LexicalTrainer(Trainer):
         if self._order is not None and self.state.epoch % 1 and not self.args.ignore_data_skip: self._order.resumed = order   # in mid-epoch
         self.active_ema = None if math.isnan(active) else active
         self._method().load_state_dict(state)
+        self._written = str(checkpoint)
 
 class _DualStep(TrainerCallback):
     "Calls the trainer's dual step after each optimiser step."

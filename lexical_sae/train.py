@@ -33,6 +33,9 @@ from .targets import class_weights, is_multilabel
 from .watch import ConstrainedStopping, EpochOrder, ProgressLines, ReferenceCache, ValidationFitter, constrained_score
 
 # %% ../nbs/02c_train.ipynb #cd3ab8c3
+_OPTIMISERS = ('adamw_torch', 'adamw_torch_fused', 'schedule_free_adamw')
+_LESS_IS_BETTER = ('ce', 'eval_ce', 'active', 'eval_active')   # the Trainer knows it of losses alone
+
 @dataclass
 class LexicalTrainingArguments(TrainingArguments):
     "`TrainingArguments` with the knobs of the method."
@@ -73,8 +76,12 @@ class LexicalTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = 'constrained', True
+        if self.greater_is_better is None and self.metric_for_best_model in _LESS_IS_BETTER: self.greater_is_better = False
         super().__post_init__()
         self.remove_unused_columns = False   # example_id belongs to the reference's cache
+        if self.label_smoothing_factor: raise ValueError("label_smoothing_factor is not used: set label_smoothing, which the constraint shares.")
+        optim = str(getattr(self.optim, 'value', self.optim))
+        if optim not in _OPTIMISERS: raise ValueError(f"optim must be one of {', '.join(_OPTIMISERS)}, got '{optim}' (or pass `optimizers` to the trainer).")
         if self.schedule_free: self.lr_scheduler_type = 'constant'       # it ramps and averages by itself
         for name, choices in (('separation_form', ('triplet', 'cosine')), ('sparsity', ('l0', 'l1')), ('revival_form', ('untrained', 'published'))):
             if getattr(self, name) not in choices: raise ValueError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'.")
@@ -312,10 +319,10 @@ class LexicalTrainer(Trainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             args, net = self.args, self._net
-            groups = parameter_groups(net, args.learning_rate, self.state.max_steps or self._planned_steps(), args.head_multiplier,
-                                      args.gate_learning_rate, args.weight_decay)
+            steps = self.state.max_steps or self._planned_steps()
+            groups = parameter_groups(net, args.learning_rate, steps, args.head_multiplier, args.gate_learning_rate, args.weight_decay)
             self.optimizer = build_optimizer(groups, 'schedule_free' if args.schedule_free else 'adamw', (args.adam_beta1, args.adam_beta2),
-                                             args.adam_epsilon, int(args.warmup_steps))
+                                             args.adam_epsilon, args.get_warmup_steps(steps))
             if args.gradient_centralization:
                 self.optimizer.register_step_pre_hook(lambda *_: centralize_gradients(net.parameters(), net.num_dims))
         return self.optimizer

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .dla import FactoredLinear
 from .model import LexicalSAE
+from .targets import is_multilabel
 
 # %% ../nbs/02ba_head_start.ipynb #8e96c5e1
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class HeadStart:
 class HeadStartFitter:
     "Streams over batches of the untrained model, then fits the head and puts it in place."
     def __init__(self, model: LexicalSAE):
+        if is_multilabel(model.config): raise ValueError("The head start fits one class a text: train heads that say yes or no without it.")
         self.model, self.features, self.mass, self.labels = model, [], [], []
         weight = model.decoder()[0].detach().float()
         self.basis = nn.functional.normalize(weight - weight[model.activation.allowed].mean(0), dim=1)       # [V,D]

@@ -105,6 +105,10 @@ class LexicalTrainer(Trainer):
     ):
         if kwargs.get('data_collator') is None and model.tokenizer is not None: kwargs['data_collator'] = DataCollatorWithPadding(model.tokenizer)
         super().__init__(model=model, args=args, **kwargs)
+        if isinstance(self.eval_dataset, dict):
+            raise ValueError("Give one eval_dataset: on it open words are watched and the model is chosen. Judge others with trainer.evaluate(dataset).")
+        if args.mlm_weight and getattr(model.tokenizer, 'mask_token_id', None) is None:
+            raise ValueError("mlm_weight needs a mask token: set model.tokenizer to one that has it, or mlm_weight=0.")
         model.label_smoothing, self.multilabel = args.label_smoothing, is_multilabel(model.config)
         self._weigh_classes(model)
         if reference is None and (args.anchor_weight or args.load_best_model_at_end): reference = FrozenReference.of(model)
@@ -127,8 +131,10 @@ class LexicalTrainer(Trainer):
         if self.multilabel and (args.separation_weight or args.completeness_against != 'kl'):
             raise ValueError("Where every class is a yes or no, circuits have no single class: "
                              "set separation_weight=0 and completeness_against='kl'.")
+        if self.multilabel and args.evidence_weight not in (0, LexicalTrainingArguments.evidence_weight):
+            raise ValueError("evidence_weight does nothing where every class is a yes or no, which has no rival: set it to 0.")
         if args.class_weights is None: return
-        labels = [row['labels'] for row in self.train_dataset]
+        labels = [row['labels' if 'labels' in row else 'label'] for row in self.train_dataset]
         model.class_weights = class_weights(labels, model.config.num_labels, args.class_weights, self.multilabel)
 
     # ---- what a step minimises -------------------------------------------------------------------------------
@@ -140,6 +146,7 @@ class LexicalTrainer(Trainer):
         inputs.pop('length', None)
         outputs = model(**inputs)
         if model.training:
+            self._check_teacher(example_id)
             terms = self.loss_terms(outputs, inputs, example_id)
             self._record(terms, outputs.state)
             loss = self.combine(terms)
@@ -182,6 +189,10 @@ class LexicalTrainer(Trainer):
                        revival=args.revival_weight)
         objective = sum((w*terms[k] for k, w in weights.items() if k in terms), start=terms['ce']*0)
         return self.geco.combine(objective, fit) + beside
+
+    def _check_teacher(self, example_id):
+        if self.teacher is not None and (example_id is None or not 0 <= int(example_id.max()) < len(self.teacher)):
+            raise ValueError(f"The teacher's {len(self.teacher)} answers are found by example_id: give every training text its row number, as tokenize_texts does.")
 
     def _distil(self, logits, teacher): return distillation_loss(logits, teacher, self.args.distillation_temperature, self.multilabel)
 
@@ -292,6 +303,10 @@ class LexicalTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     # ---- held-out texts --------------------------------------------------------------------------------------
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        "The Trainer's; without labels it calls the model itself, which knows no row numbers."
+        return super().prediction_step(model, {k: v for k, v in inputs.items() if k not in ('example_id', 'length')}, *args, **kwargs)
+
     def _counted(self, n):
         "Texts of this process's batch that repeat none: the last batches of several processes are filled up."
         now = self.accelerator.gradient_state

@@ -185,6 +185,7 @@ class ConstrainedStopping(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         if not self.patience or self.trainer.warming_up: return
         scores = [h['eval_constrained'] for h in state.log_history if 'eval_constrained' in h]
+        if not scores: return                                            # an evaluation before training: there is no constraint yet
         best = max(range(len(scores)), key=scores.__getitem__)
         if len(scores) - 1 - best >= self.patience: control.should_training_stop = True
 

@@ -9,6 +9,7 @@ __all__ = ['ReferenceCache', 'EpochOrder', 'ValidationFitter', 'Evaluation', 'co
 # %% ../nbs/02bb_watch.ipynb #d77649c0
 import math
 import time
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +34,10 @@ class ReferenceCache:
         "h of the untrained model for this batch; nothing is remembered without ids."
         ids = None if example_id is None else example_id.tolist()
         if ids is not None and all(i in self.store for i in ids):
-            h = nn.utils.rnn.pad_sequence([self.store[i] for i in ids], batch_first=True)
-            pad = input_ids.shape[1] - h.shape[1]                        # the batch may be padded further
-            return nn.functional.pad(h, (0, 0, 0, pad)).to(input_ids.device)
+            rows = torch.cat([self.store[i] for i in ids]).to(input_ids.device)                       # [N,D]
+            h = rows.new_zeros(*input_ids.shape, rows.shape[-1])
+            h[attention_mask.bool()] = rows                              # the batch may be padded further, on either side
+            return h
         h = self.reference.encode(input_ids, attention_mask)
         if ids is None: return h
         h = h.to(torch.bfloat16)
@@ -43,10 +45,10 @@ class ReferenceCache:
         return h
 
     def _keep(self, ids, h, attention_mask):
-        for i, row, n in zip(ids, h, attention_mask.sum(1).tolist()):
-            size = n*row.shape[-1]*2
+        for i, row, real in zip(ids, h, attention_mask.bool()):
+            size = int(real.sum())*row.shape[-1]*2
             if i in self.store or size > self.room: continue
-            self.store[i] = row[:n].cpu().clone()                        # padding is on the right
+            self.store[i] = row[real].cpu()
             self.room -= size
 
 # %% ../nbs/02bb_watch.ipynb #f2438c3c
@@ -145,7 +147,7 @@ def choose_model(
 # %% ../nbs/02bb_watch.ipynb #acd55467
 @dataclass(frozen=True)
 class Choice:
-    "The model that a run ended with."
+    "The model that a run ended with, where it keeps the best."
     step: int
     satisfied: bool        # CE <= tau within K words, on validation
     ce: float
@@ -154,9 +156,11 @@ class Choice:
     grounding: float
     evaluations: int       # it was chosen from
 
-    def __str__(self) -> str:
+    def __str__(self) -> str: return self.sentence()
+
+    def sentence(self, what: str = 'kept the model') -> str:
         verdict = 'satisfies the constraint' if self.satisfied else 'is nearest to the constraint, which no model satisfied,'
-        return (f'kept the model of step {self.step}, which {verdict} among {self.evaluations}: cross-entropy {self.ce:.3f} (tau {self.tau:.3f}), '
+        return (f'{what} of step {self.step}, which {verdict} among {self.evaluations}: cross-entropy {self.ce:.3f} (tau {self.tau:.3f}), '
                 f'{self.active:.1f} words, reference share {self.grounding:.3f}')
 
 def choice_from_log(
@@ -190,9 +194,19 @@ class ConstrainedStopping(TrainerCallback):
         if len(scores) - 1 - best >= self.patience: control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero: self._warn_if_never_met(state.log_history)
         if not any('eval_constrained' in h for h in state.log_history): return
         self.trainer.choice = choice_from_log(state.log_history, args.active_target)
-        if state.is_world_process_zero: print(self.trainer.choice, flush=True)
+        kept = args.load_best_model_at_end and args.metric_for_best_model in ('constrained', 'eval_constrained')
+        if state.is_world_process_zero: print(self.trainer.choice.sentence('kept the model' if kept else 'not kept: the best model was that'), flush=True)
+
+    def _warn_if_never_met(self, history):
+        "A constraint that no step met is said, whether held-out texts are judged or not."
+        seen = [(h['ce'], h['tau']) for h in history if 'tau' in h and 'ce' in h]
+        if seen and all(ce > tau for ce, tau in seen):
+            ce, tau = min(seen, key=lambda pair: pair[0] - pair[1])
+            warnings.warn(f"The constraint was never satisfied in training: cross-entropy at best {ce:.3f}, tau {tau:.3f}. "
+                          "Lower target_accuracy, raise active_target, or train longer.")
 
 # %% ../nbs/02bb_watch.ipynb #aaa90840
 class ProgressLines(TrainerCallback):

@@ -9,6 +9,7 @@ __all__ = ['LexicalTrainingArguments', 'LexicalTrainer']
 import math
 import os
 import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -335,9 +336,11 @@ class LexicalTrainer(Trainer):
         if self.optimizer is None:
             args, net = self.args, self._net
             steps = self.state.max_steps or self._planned_steps()
+            if (ramp := args.get_warmup_steps(steps)) >= steps:
+                warnings.warn(f"The learning rate rises for {ramp} steps and the run has {steps}: it never reaches its value. Set warmup_steps lower.")
             groups = parameter_groups(net, args.learning_rate, steps, args.head_multiplier, args.gate_learning_rate, args.weight_decay)
             self.optimizer = build_optimizer(groups, 'schedule_free' if args.schedule_free else 'adamw', (args.adam_beta1, args.adam_beta2),
-                                             args.adam_epsilon, args.get_warmup_steps(steps))
+                                             args.adam_epsilon, ramp)
             if args.gradient_centralization:
                 self.optimizer.register_step_pre_hook(lambda *_: centralize_gradients(net.parameters(), net.num_dims))
         return self.optimizer

@@ -73,7 +73,7 @@ class TrainingConfig:
         if own := sorted(set(self.training) & {f.name for f in fields(self)}):
             raise ValueError(f"'{own[0]}' is a field of its own: leave it out of training.")
         for name in ('label_names', 'num_labels', 'problem_type'):
-            if name in self.model: raise ValueError(f"'{name}' follows from the data, one class a text: for a yes or no of each class use LexicalTrainer.")
+            if name in self.model: raise ValueError(f"'{name}' follows from the data, one class a text: for a yes or no of each use LexicalTrainer.")
         if not 0 <= self.validation_share < 1: raise ValueError(f"validation_share must lie in [0, 1), got {self.validation_share}.")
 
 # %% ../nbs/02ca_setup.ipynb #b8c34bd5

@@ -82,7 +82,8 @@ class LexicalTrainingArguments(TrainingArguments):
         self.remove_unused_columns = False   # example_id belongs to the reference's cache
         if self.label_smoothing_factor: raise ValueError("label_smoothing_factor is not used: set label_smoothing, which the constraint shares.")
         optim = str(getattr(self.optim, 'value', self.optim))
-        if optim not in _OPTIMISERS: raise ValueError(f"optim must be one of {', '.join(_OPTIMISERS)}, got '{optim}' (or pass `optimizers` to the trainer).")
+        if optim not in _OPTIMISERS:
+            raise ValueError(f"optim must be one of {', '.join(_OPTIMISERS)}, got '{optim}' (or pass `optimizers` to the trainer).")
         if self.schedule_free: self.lr_scheduler_type = 'constant'       # it ramps and averages by itself
         for name, choices in (('separation_form', ('triplet', 'cosine')), ('sparsity', ('l0', 'l1')), ('revival_form', ('untrained', 'published'))):
             if getattr(self, name) not in choices: raise ValueError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'.")
@@ -107,7 +108,8 @@ class LexicalTrainer(Trainer):
         if kwargs.get('data_collator') is None and model.tokenizer is not None: kwargs['data_collator'] = DataCollatorWithPadding(model.tokenizer)
         super().__init__(model=model, args=args, **kwargs)
         if isinstance(self.eval_dataset, dict):
-            raise ValueError("Give one eval_dataset: on it open words are watched and the model is chosen. Judge others with trainer.evaluate(dataset).")
+            raise ValueError("Give one eval_dataset: on it open words are watched and the model is chosen. "
+                             "Judge others with trainer.evaluate(dataset).")
         if args.mlm_weight and getattr(model.tokenizer, 'mask_token_id', None) is None:
             raise ValueError("mlm_weight needs a mask token: set model.tokenizer to one that has it, or mlm_weight=0.")
         model.label_smoothing, self.multilabel = args.label_smoothing, is_multilabel(model.config)
@@ -193,7 +195,8 @@ class LexicalTrainer(Trainer):
 
     def _check_teacher(self, example_id):
         if self.teacher is not None and (example_id is None or not 0 <= int(example_id.max()) < len(self.teacher)):
-            raise ValueError(f"The teacher's {len(self.teacher)} answers are found by example_id: give every training text its row number, as tokenize_texts does.")
+            raise ValueError(f"The teacher's {len(self.teacher)} answers are found by example_id: "
+                             "give every training text its row number, as tokenize_texts does.")
 
     def _distil(self, logits, teacher): return distillation_loss(logits, teacher, self.args.distillation_temperature, self.multilabel)
 
@@ -337,7 +340,8 @@ class LexicalTrainer(Trainer):
             args, net = self.args, self._net
             steps = self.state.max_steps or self._planned_steps()
             if (ramp := args.get_warmup_steps(steps)) >= steps:
-                warnings.warn(f"The learning rate rises for {ramp} steps and the run has {steps}: it never reaches its value. Set warmup_steps lower.")
+                warnings.warn(f"The learning rate rises for {ramp} steps and the run has {steps}: it never reaches its value. "
+                              "Set warmup_steps lower.")
             groups = parameter_groups(net, args.learning_rate, steps, args.head_multiplier, args.gate_learning_rate, args.weight_decay)
             self.optimizer = build_optimizer(groups, 'schedule_free' if args.schedule_free else 'adamw', (args.adam_beta1, args.adam_beta2),
                                              args.adam_epsilon, ramp)

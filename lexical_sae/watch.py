@@ -198,7 +198,8 @@ class ConstrainedStopping(TrainerCallback):
         if not any('eval_constrained' in h for h in state.log_history): return
         self.trainer.choice = choice_from_log(state.log_history, args.active_target)
         kept = args.load_best_model_at_end and args.metric_for_best_model in ('constrained', 'eval_constrained')
-        if state.is_world_process_zero: print(self.trainer.choice.sentence('kept the model' if kept else 'not kept: the best model was that'), flush=True)
+        what = 'kept the model' if kept else 'not kept: the best model was that'
+        if state.is_world_process_zero: print(self.trainer.choice.sentence(what), flush=True)
 
     def _warn_if_never_met(self, history):
         "A constraint that no step met is said, whether held-out texts are judged or not."

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .dla import FactoredLinear
 from .model import LexicalSAE
+from .targets import is_multilabel
 
 # %% ../nbs/02ba_head_start.ipynb #8e96c5e1
 @dataclass(frozen=True)
@@ -29,8 +30,10 @@ class HeadStart:
 class HeadStartFitter:
     "Streams over batches of the untrained model, then fits the head and puts it in place."
     def __init__(self, model: LexicalSAE):
+        if is_multilabel(model.config): raise ValueError("The head start fits one class a text: train heads that say yes or no without it.")
         self.model, self.features, self.mass, self.labels = model, [], [], []
         weight = model.decoder()[0].detach().float()
+        if model.senses is not None: weight = weight[model.base_ids]     # a sense starts as its word
         self.basis = nn.functional.normalize(weight - weight[model.activation.allowed].mean(0), dim=1)       # [V,D]
         self.total = torch.zeros(len(weight), device=weight.device)
 
@@ -46,14 +49,16 @@ class HeadStartFitter:
         "Fit, and replace the matrix over words by its factors."
         if not self.labels: raise ValueError("No text was seen: call update() with at least one batch before fit().")
         y = torch.cat(self.labels).cpu().numpy()
-        if len(set(y.tolist())) < 2: raise ValueError("All texts have the same label: nothing to learn.")
+        count = np.unique(y, return_counts=True)[1]
+        if len(count) < 2: raise ValueError("All texts have the same label: nothing to learn.")
         centre = self.total @ self.basis/self.total.sum()
         x = torch.cat(self.features) - torch.cat(self.mass)[:, None]*centre
         scale = x.std(0).mean()
         basis, x = (self.basis - centre)/scale, (x/scale).cpu().numpy()
         head, hidden = self.model.head, self.model.head.hidden
         if hidden:
-            found = MLPClassifier((hidden,), batch_size=min(32, len(y)), early_stopping=True, n_iter_no_change=5, random_state=seed).fit(x, y)
+            held_out = min(count) > 1 and -(-len(y)//10) >= len(count)                 # a tenth has room for each class
+            found = MLPClassifier((hidden,), batch_size=min(32, len(y)), early_stopping=held_out, n_iter_no_change=5, random_state=seed).fit(x, y)
             (A, W2), (b, b2) = found.coefs_, found.intercepts_
         else:
             found = LogisticRegression(C=.01, max_iter=500).fit(x, y)

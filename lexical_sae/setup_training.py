@@ -72,6 +72,8 @@ class TrainingConfig:
         if wrong := sorted(set(self.training) - known): raise ValueError(f"training has no '{wrong[0]}': use a field of LexicalTrainingArguments.")
         if own := sorted(set(self.training) & {f.name for f in fields(self)}):
             raise ValueError(f"'{own[0]}' is a field of its own: leave it out of training.")
+        for name in ('label_names', 'num_labels', 'problem_type'):
+            if name in self.model: raise ValueError(f"'{name}' follows from the data, one class a text: for a yes or no of each use LexicalTrainer.")
         if not 0 <= self.validation_share < 1: raise ValueError(f"validation_share must lie in [0, 1), got {self.validation_share}.")
 
 # %% ../nbs/02ca_setup.ipynb #b8c34bd5
@@ -196,7 +198,8 @@ def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # on the CPU; sec
             raise ValueError(f"{kept} keeps a dense twin of another {changed[0]}: choose another folder, or remove it.")
         twin.load_state_dict(load_file(kept/'twin.safetensors'))
         return twin.eval(), found['step_seconds']
-    arguments = common_arguments(setup) | dict(learning_rate=DENSE['learning_rate'])
+    arguments = common_arguments(setup) | dict(learning_rate=DENSE['learning_rate'], eval_strategy='no', eval_on_start=False,
+        save_strategy='no', load_best_model_at_end=False)                # it is trained to the end: evaluations and checkpoints are the model's
     trainer = DenseTrainer(twin, TrainingArguments(str(Path(config.output_dir)/'dense'), **arguments), train_dataset=setup.tokens['train'],
                            data_collator=setup.collator, head_multiplier=DENSE['head_multiplier'])
     print('dense twin', flush=True)

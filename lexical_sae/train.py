@@ -9,6 +9,7 @@ __all__ = ['LexicalTrainingArguments', 'LexicalTrainer']
 import math
 import os
 import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import rotate_checkpoints
 
 from .geco import GECOController, tau_from_accuracy
 from .grounding import FrozenReference
@@ -29,9 +31,12 @@ from .objectives import (AttributionCentroidTracker, FeatureFrequencyTracker, Le
                                     separation_loss, sparsity_loss, strongest_answers, strongest_rival)
 from .optimisation import build_optimizer, centralize_gradients, evaluation_mode, parameter_groups
 from .targets import class_weights, is_multilabel
-from .watch import ConstrainedStopping, ProgressLines, ReferenceCache, ValidationFitter, constrained_score
+from .watch import ConstrainedStopping, EpochOrder, ProgressLines, ReferenceCache, ValidationFitter, constrained_score
 
 # %% ../nbs/02c_train.ipynb #cd3ab8c3
+_OPTIMISERS = ('adamw_torch', 'adamw_torch_fused', 'schedule_free_adamw')
+_LESS_IS_BETTER = ('ce', 'eval_ce', 'active', 'eval_active')   # the Trainer knows it of losses alone
+
 @dataclass
 class LexicalTrainingArguments(TrainingArguments):
     "`TrainingArguments` with the knobs of the method."
@@ -72,8 +77,13 @@ class LexicalTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = 'constrained', True
+        if self.greater_is_better is None and self.metric_for_best_model in _LESS_IS_BETTER: self.greater_is_better = False
         super().__post_init__()
         self.remove_unused_columns = False   # example_id belongs to the reference's cache
+        if self.label_smoothing_factor: raise ValueError("label_smoothing_factor is not used: set label_smoothing, which the constraint shares.")
+        optim = str(getattr(self.optim, 'value', self.optim))
+        if optim not in _OPTIMISERS:
+            raise ValueError(f"optim must be one of {', '.join(_OPTIMISERS)}, got '{optim}' (or pass `optimizers` to the trainer).")
         if self.schedule_free: self.lr_scheduler_type = 'constant'       # it ramps and averages by itself
         for name, choices in (('separation_form', ('triplet', 'cosine')), ('sparsity', ('l0', 'l1')), ('revival_form', ('untrained', 'published'))):
             if getattr(self, name) not in choices: raise ValueError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'.")
@@ -97,6 +107,11 @@ class LexicalTrainer(Trainer):
     ):
         if kwargs.get('data_collator') is None and model.tokenizer is not None: kwargs['data_collator'] = DataCollatorWithPadding(model.tokenizer)
         super().__init__(model=model, args=args, **kwargs)
+        if isinstance(self.eval_dataset, dict):
+            raise ValueError("Give one eval_dataset: on it open words are watched and the model is chosen. "
+                             "Judge others with trainer.evaluate(dataset).")
+        if args.mlm_weight and getattr(model.tokenizer, 'mask_token_id', None) is None:
+            raise ValueError("mlm_weight needs a mask token: set model.tokenizer to one that has it, or mlm_weight=0.")
         model.label_smoothing, self.multilabel = args.label_smoothing, is_multilabel(model.config)
         self._weigh_classes(model)
         if reference is None and (args.anchor_weight or args.load_best_model_at_end): reference = FrozenReference.of(model)
@@ -110,6 +125,7 @@ class LexicalTrainer(Trainer):
         self.teacher = None if teacher is None else teacher.to(args.device)
         if args.backbone_dropout is not None: set_dropout(model.backbone, args.backbone_dropout)
         self.active_ema, self.terms, self.step_terms, self._staging, self._fitter, self.choice = None, {}, [], None, None, None
+        self._order, self._written = None, 'none was saved'
         self.add_callback(_DualStep(self)); self.add_callback(ConstrainedStopping(self, args.patience))
 
     def _weigh_classes(self, model):
@@ -118,8 +134,10 @@ class LexicalTrainer(Trainer):
         if self.multilabel and (args.separation_weight or args.completeness_against != 'kl'):
             raise ValueError("Where every class is a yes or no, circuits have no single class: "
                              "set separation_weight=0 and completeness_against='kl'.")
+        if self.multilabel and args.evidence_weight not in (0, LexicalTrainingArguments.evidence_weight):
+            raise ValueError("evidence_weight does nothing where every class is a yes or no, which has no rival: set it to 0.")
         if args.class_weights is None: return
-        labels = [row['labels'] for row in self.train_dataset]
+        labels = [row['labels' if 'labels' in row else 'label'] for row in self.train_dataset]
         model.class_weights = class_weights(labels, model.config.num_labels, args.class_weights, self.multilabel)
 
     # ---- what a step minimises -------------------------------------------------------------------------------
@@ -131,13 +149,14 @@ class LexicalTrainer(Trainer):
         inputs.pop('length', None)
         outputs = model(**inputs)
         if model.training:
+            self._check_teacher(example_id)
             terms = self.loss_terms(outputs, inputs, example_id)
             self._record(terms, outputs.state)
             loss = self.combine(terms)
             self._stop_on_nan(loss, terms)
         else:
             loss = outputs.loss
-            if self._fitter is not None and 'labels' in inputs: self._fitter.update(outputs.state, inputs)
+            if self._fitter is not None and 'labels' in inputs: self._fitter.update(outputs.state, inputs, self._counted(len(outputs.logits)))
         return (loss, outputs) if return_outputs else loss
 
     def loss_terms(self, outputs, inputs, example_id=None) -> dict:
@@ -173,6 +192,11 @@ class LexicalTrainer(Trainer):
                        revival=args.revival_weight)
         objective = sum((w*terms[k] for k, w in weights.items() if k in terms), start=terms['ce']*0)
         return self.geco.combine(objective, fit) + beside
+
+    def _check_teacher(self, example_id):
+        if self.teacher is not None and (example_id is None or not 0 <= int(example_id.max()) < len(self.teacher)):
+            raise ValueError(f"The teacher's {len(self.teacher)} answers are found by example_id: "
+                             "give every training text its row number, as tokenize_texts does.")
 
     def _distil(self, logits, teacher): return distillation_loss(logits, teacher, self.args.distillation_temperature, self.multilabel)
 
@@ -229,8 +253,7 @@ class LexicalTrainer(Trainer):
         self._stop(f'The loss is not finite at step {self.state.global_step + 1}', ', '.join(f'{k} {v.item():.3g}' for k, v in terms.items()))
 
     def _stop(self, what, where):
-        last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
-        raise FloatingPointError(f"{what} ({where}): lower the learning rate; last good checkpoint: {last or 'none was saved'}.")
+        raise FloatingPointError(f"{what} ({where}): lower the learning rate; last good checkpoint: {self._written}.")
 
     def dual_step(self):
         "Once per optimiser step: GECO, the moving average of k, and the alarm for closed gates."
@@ -253,8 +276,8 @@ class LexicalTrainer(Trainer):
 
     def settle_level(self):
         "Hold K on the held-out texts, where there are any."
+        evaluation_mode(self.optimizer)                                  # schedule-free: the averaged weights are the model, held-out texts or not
         if self.level is None or self.eval_dataset is None: return
-        evaluation_mode(self.optimizer)                                  # schedule-free: the averaged weights are the model
         turns = range(max(1, min(_LOOK_BATCHES, len(self.eval_dataset)//self.args.per_device_eval_batch_size)))
         self.level.settle(self._net.activation, lambda: sum(self._held_out_active(t) for t in turns)/len(turns))
 
@@ -285,6 +308,16 @@ class LexicalTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     # ---- held-out texts --------------------------------------------------------------------------------------
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        "The Trainer's; without labels it calls the model itself, which knows no row numbers."
+        return super().prediction_step(model, {k: v for k, v in inputs.items() if k not in ('example_id', 'length')}, *args, **kwargs)
+
+    def _counted(self, n):
+        "Texts of this process's batch that repeat none: the last batches of several processes are filled up."
+        now = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not now.end_of_dataloader or now.remainder < 1: return n
+        return min(n, max(0, now.remainder - n*self.accelerator.process_index))
+
     def evaluation_loop(self, *args, metric_key_prefix='eval', **kwargs):
         "The Trainer's, and what a run is judged by (chapter 02bb)."
         if isinstance(self._net, LexicalSAEForSequenceClassification):
@@ -306,10 +339,13 @@ class LexicalTrainer(Trainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             args, net = self.args, self._net
-            groups = parameter_groups(net, args.learning_rate, self.state.max_steps or self._planned_steps(), args.head_multiplier,
-                                      args.gate_learning_rate, args.weight_decay)
+            steps = self.state.max_steps or self._planned_steps()
+            if (ramp := args.get_warmup_steps(steps)) >= steps:
+                warnings.warn(f"The learning rate rises for {ramp} steps and the run has {steps}: it never reaches its value. "
+                              "Set warmup_steps lower.")
+            groups = parameter_groups(net, args.learning_rate, steps, args.head_multiplier, args.gate_learning_rate, args.weight_decay)
             self.optimizer = build_optimizer(groups, 'schedule_free' if args.schedule_free else 'adamw', (args.adam_beta1, args.adam_beta2),
-                                             args.adam_epsilon, int(args.warmup_steps))
+                                             args.adam_epsilon, ramp)
             if args.gradient_centralization:
                 self.optimizer.register_step_pre_hook(lambda *_: centralize_gradients(net.parameters(), net.num_dims))
         return self.optimizer
@@ -317,6 +353,12 @@ class LexicalTrainer(Trainer):
     def _planned_steps(self):
         per_epoch = math.ceil(len(self.train_dataset)/self.args.train_batch_size/self.args.gradient_accumulation_steps)
         return self.args.max_steps if self.args.max_steps > 0 else math.ceil(per_epoch*self.args.num_train_epochs)
+
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)            # the random sampler has a seed of its own for each epoch
+        if not isinstance(sampler, LengthGroupedSampler): return sampler
+        self._order = EpochOrder(sampler, self.accelerator.num_processes, self.args.device)
+        return self._order
 
     # ---- checkpoints -----------------------------------------------------------------------------------------
     def save_model(self, *args, **kwargs):
@@ -344,6 +386,7 @@ class LexicalTrainer(Trainer):
             if self.args.should_save: shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
         if self.state.best_global_step: self.state.best_model_checkpoint = str(final/f'checkpoint-{self.state.best_global_step}')
+        self._written = str(final/name)
 
     def _finish_checkpoint(self, written, final):
         "Add what the Trainer does not know, name the best checkpoint by its final place, rename, drop old checkpoints."
@@ -359,8 +402,9 @@ class LexicalTrainer(Trainer):
         return nn.ModuleDict(parts if self.level is None else parts | dict(level=self.level))
 
     def _save_method(self, folder):
-        "Constraint, trackers and the moving average of k."
+        "Constraint, trackers, the moving average of k, and what the epoch's order was drawn from."
         state = {k: v.contiguous() for k, v in self._method().state_dict().items()}
+        if self._order is not None: state['order'] = self._order.drawn_from
         save_file(state | {'active_ema': torch.tensor(float('nan') if self.active_ema is None else self.active_ema, dtype=torch.float64)},
                   folder/'method.safetensors')
 
@@ -371,9 +415,11 @@ class LexicalTrainer(Trainer):
         if not path.exists():
             raise FileNotFoundError(f"{checkpoint} was not written by this trainer (it has no method.safetensors): choose another checkpoint.")
         state = load_file(path)
-        active = state.pop('active_ema').item()
+        active, order = state.pop('active_ema').item(), state.pop('order', None)
+        if self._order is not None and self.state.epoch % 1 and not self.args.ignore_data_skip: self._order.resumed = order   # in mid-epoch
         self.active_ema = None if math.isnan(active) else active
         self._method().load_state_dict(state)
+        self._written = str(checkpoint)
 
 class _DualStep(TrainerCallback):
     "Calls the trainer's dual step after each optimiser step."

@@ -27,8 +27,8 @@ def ended(folder, rank=0): return json.loads((Path(folder)/f'ends{rank}.json').r
 def runs(tmp_path_factory):
     "One process with batches of 16, and two with batches of 8 that also write checkpoints."
     one, two = tmp_path_factory.mktemp('one'), tmp_path_factory.mktemp('two')
-    for run in (start(one, 'held_out=true'),
-                start(two, 'per_device_train_batch_size=8', 'held_out=true', 'save_strategy="steps"', 'save_steps=6', 'save_total_limit=2',
+    for run in (start(one, 'held_out=27'),
+                start(two, 'per_device_train_batch_size=8', 'held_out=27', 'save_strategy="steps"', 'save_steps=6', 'save_total_limit=2',
                     'ddp_backend="gloo"', processes=2)):
         assert not run.returncode, run.stderr[-3000:]
     return one, two
@@ -52,7 +52,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(runs):
     assert two['weights'] == pytest.approx(one['weights'], rel=1e-3, abs=1e-3)   # Adam makes steps of rounding errors in biases without a gradient
     assert [h['lambda'] for h in two['log']] == pytest.approx([h['lambda'] for h in one['log']], rel=1e-3)
     assert any('band' in h for h in two['log'])                          # the term that is a logarithm of a mean was on
-    for k in ('eval_ce', 'eval_accuracy', 'eval_active', 'eval_reference_share'):
+    for k in ('eval_ce', 'eval_accuracy', 'eval_active', 'eval_reference_share'):    # of 27 texts: the last batches are filled up with others
         assert two['evaluation'][k] == pytest.approx(one['evaluation'][k], rel=1e-3, abs=1e-4), k
 
 @pytest.mark.slow
@@ -64,9 +64,19 @@ def test_two_processes_write_whole_checkpoints_and_resume(runs):
     whole = ended(folder)
     for f in (folder/'checkpoint-24').iterdir(): f.unlink()
     (folder/'checkpoint-24').rmdir()
-    run = start(folder, 'per_device_train_batch_size=8', 'held_out=true', 'save_strategy="steps"', 'save_steps=6', 'save_total_limit=2',
+    run = start(folder, 'per_device_train_batch_size=8', 'held_out=27', 'save_strategy="steps"', 'save_steps=6', 'save_total_limit=2',
         'ddp_backend="gloo"', processes=2)
     assert not run.returncode, run.stderr[-3000:]
     again = ended(folder)
     assert [h['ce'] for h in again['log']] == pytest.approx([h['ce'] for h in whole['log']], rel=1e-4)
     assert again['method']['geco.log_lambda'] == pytest.approx(whole['method']['geco.log_lambda'], rel=1e-5)
+
+@pytest.mark.slow
+def test_each_process_reads_its_share_of_one_order(tmp_path):
+    "Batches of texts alike in length, and dropout: the processes' random numbers drift apart, the order of the texts does not."
+    run = start(tmp_path/'two', 'per_device_train_batch_size=8', 'train_sampling_strategy="group_by_length"', 'uneven=true', 'dropout=0.1', 'max_steps=18',
+        'ddp_backend="gloo"', processes=2)
+    assert not run.returncode, run.stderr[-3000:]
+    a, b = ended(tmp_path/'two', 0)['read'], ended(tmp_path/'two', 1)['read']
+    epochs = [sorted(i for batch in a[e:e + 6] + b[e:e + 6] for i in batch) for e in (0, 6, 12)]
+    assert epochs == [list(range(96))]*3

@@ -32,9 +32,9 @@ def same_path(a, b):
     for k, v in a['method'].items(): assert v == pytest.approx(b['method'][k], rel=1e-4, abs=1e-6), k
 
 @pytest.mark.slow
-@pytest.mark.parametrize('optim', ['adamw_torch_fused', 'schedule_free_adamw'])
-def test_a_killed_run_goes_on(tmp_path, optim):
-    options = (*OPTIONS, f'optim={json.dumps(optim)}')
+@pytest.mark.parametrize('optim, sampling', [('adamw_torch_fused', 'group_by_length'), ('schedule_free_adamw', 'random')])
+def test_a_killed_run_goes_on(tmp_path, optim, sampling):
+    options = (*OPTIONS, 'uneven=true', f'optim={json.dumps(optim)}', f'train_sampling_strategy={json.dumps(sampling)}')
     run = start(tmp_path/'whole', *options)
     assert not run.returncode, run.stderr[-3000:]
     for name, stop, left in (('step', 'stop_at_step=12', ['checkpoint-7']), ('checkpoint', 'stop_in_checkpoint=14', ['checkpoint-7'])):

@@ -14,16 +14,19 @@ from transformers.trainer_utils import get_last_checkpoint
 from lexical_sae.model import LexicalSAEForSequenceClassification
 from lexical_sae.train import LexicalTrainer, LexicalTrainingArguments
 
-def texts(n=96):
-    "The class is whether token 7 or token 8 stands in the text."
+def texts(n=96, uneven=False):
+    "The class is whether token 7 or token 8 stands in the text; of 8 tokens, or of 4 to 8."
     g, rows = torch.Generator().manual_seed(1), []
     for i in range(n):
         ids = torch.randint(10, 60, (8,), generator=g)
         ids[int(torch.randint(0, 8, (1,), generator=g))] = 7 + i % 2
-        rows.append(dict(input_ids=ids.tolist(), attention_mask=[1]*8, labels=i % 2, example_id=i))
+        if uneven: ids = ids[:4 + i % 5]; ids[0] = 7 + i % 2
+        rows.append(dict(input_ids=ids.tolist(), attention_mask=[1]*len(ids), labels=i % 2, example_id=i))
     return rows
 
-def collate(rows): return {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}
+def collate(rows):
+    L = max(len(r['input_ids']) for r in rows)
+    return {k: torch.tensor([r[k] + [0]*(L - len(r[k])) if isinstance(r[k], list) else r[k] for r in rows]) for k in rows[0]}
 
 def model(dropout):
     set_seed(0)
@@ -35,8 +38,11 @@ def model(dropout):
 class Slow(LexicalTrainer):
     "Says where it is, and waits there to be killed."
     def __init__(self, *args, stop_in_checkpoint=0, stop_at_step=0, **kwargs):
-        self.stop_in_checkpoint, self.stop_at_step = stop_in_checkpoint, stop_at_step
+        self.stop_in_checkpoint, self.stop_at_step, self.read = stop_in_checkpoint, stop_at_step, []
         super().__init__(*args, **kwargs)
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training: self.read.append(inputs['example_id'].tolist())
+        return super().compute_loss(model, inputs, *args, **kwargs)
     def wait(self): Path(self.args.output_dir, 'reached').touch(); time.sleep(600)
     def _save_method(self, folder):
         if self.state.global_step == self.stop_in_checkpoint: self.wait()
@@ -50,17 +56,17 @@ def main(folder, *options):
     given = dict(o.split('=', 1) for o in options)
     given = {k: json.loads(v) for k, v in given.items()}
     stop = {k: given.pop(k) for k in ('stop_in_checkpoint', 'stop_at_step') if k in given}
-    dropout, held_out = given.pop('dropout', 0.), given.pop('held_out', False)
+    dropout, held_out, uneven = given.pop('dropout', 0.), given.pop('held_out', 0), given.pop('uneven', False)
     settings = dict(max_steps=24, backbone_dropout=None, per_device_train_batch_size=16, learning_rate=5e-3, logging_steps=1, report_to='none', save_strategy='no',
         use_cpu=True, disable_tqdm=True,
                     active_target=4., anchor_margin=1., warmup_fraction=.25, revival_weight=.01,
-                    separation_weight=.1, dataloader_drop_last=True) | given
-    trainer = Slow(model(dropout), LexicalTrainingArguments(folder, **settings), train_dataset=texts(),
-        eval_dataset=texts(32) if held_out else None, data_collator=collate, **stop)
+                    separation_weight=.1) | given
+    trainer = Slow(model(dropout), LexicalTrainingArguments(folder, **settings), train_dataset=texts(uneven=uneven),
+        eval_dataset=texts(held_out, uneven) if held_out else None, data_collator=collate, **stop)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if os.path.isdir(folder) else None)
     method = {k: v.double().flatten().tolist() for k, v in trainer._method().state_dict().items() if not v.double().isnan().any()}
-    ends = dict(step=trainer.state.global_step, log=[h for h in trainer.state.log_history if 'ce' in h], method=method, active=trainer.active_ema,
+    ends = dict(step=trainer.state.global_step, log=[h for h in trainer.state.log_history if 'ce' in h], method=method, active=trainer.active_ema, read=trainer.read,
                 evaluation=trainer.evaluate() if held_out else None, weights=[p.detach().double().norm().item() for p in trainer.model.parameters()])
     Path(folder).mkdir(exist_ok=True)
     Path(folder, f'ends{trainer.args.process_index}.json').write_text(json.dumps(ends))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ReferenceCache', 'EpochOrder', 'ValidationFitter', 'Evaluation', 'constrained_score', 'choose_model', 'Choice',
-           'choice_from_log', 'ConstrainedStopping', 'ProgressLines']
+           'choice_from_log', 'price_from_log', 'ConstrainedStopping', 'ProgressLines']
 
 # %% ../nbs/02bb_watch.ipynb #d77649c0
 import math
@@ -175,6 +175,18 @@ def choice_from_log(
     satisfied = constrained_score(best.ce, tau, best.active, active_target, best.grounding) >= 0
     return Choice(best.step, satisfied, best.ce, tau, best.active, best.grounding, len(rows))
 
+def price_from_log(
+    history: list,  # a trainer's `log_history`
+) -> str|None:      # one sentence; None before there is a constraint
+    "What the constraint cost, and how many words fell silent on the way."
+    seen = [h for h in history if 'tau' in h and 'lambda' in h]
+    if not seen: return None
+    last, peak = seen[-1], max(h['lambda'] for h in seen)
+    free = peak == min(h['lambda'] for h in seen)
+    cost = f"lambda stayed at {peak:.2f}: the constraint cost nothing (a higher target_accuracy or fewer words would give it a price)" if free else \
+        f"lambda rose to {peak:.2f} and ended at {last['lambda']:.2f}: the constraint binds"
+    return cost + (f"; {last['dead']:,} words that the untrained model opens have fallen silent" if last.get('dead') else '')
+
 class ConstrainedStopping(TrainerCallback):
     "Skips evaluation in the warm-up, stops after `patience` evaluations without a better model, and reports the choice."
     def __init__(self, trainer, patience: int = 0): self.trainer, self.patience = trainer, patience  # 0: never stops early
@@ -194,7 +206,9 @@ class ConstrainedStopping(TrainerCallback):
         if len(scores) - 1 - best >= self.patience: control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero: self._warn_if_never_met(state.log_history)
+        if state.is_world_process_zero:
+            self._warn_if_never_met(state.log_history)
+            if said := price_from_log(state.log_history): print(said, flush=True)
         if not any('eval_constrained' in h for h in state.log_history): return
         self.trainer.choice = choice_from_log(state.log_history, args.active_target)
         kept = args.load_best_model_at_end and args.metric_for_best_model in ('constrained', 'eval_constrained')

@@ -52,6 +52,10 @@ def test_chapter_opens_with_title_and_summary_and_has_no_errors(notebook):
     assert re.match(r'# .+\n\n?> .+', first)
     assert not [o for c in cells(notebook) for o in c.get('outputs', []) if o['output_type'] == 'error']
 
+@pytest.mark.parametrize('notebook', CHAPTERS, ids=lambda f: f.stem)
+def test_no_progress_bar_is_printed_in_the_book(notebook):
+    assert not [c['id'] for c in cells(notebook) for o in c.get('outputs', []) if '\r' in ''.join(o.get('text', ''))]     # `make book` leaves them out
+
 def mixed_imports(code):
     "Statements beside imports that need what other cells made: the documentation build runs a cell with an import, alone."
     directives = {l[2:].split()[0].rstrip(':') for l in code.split('\n') if l.startswith('#|') and l[2:].split()}

@@ -7,21 +7,14 @@ __all__ = ['LexicalTrainingArguments', 'LexicalTrainer']
 
 # %% ../nbs/02c_train.ipynb #575143f4
 import math
-import os
-import shutil
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments, set_seed
 
+from .checkpoints import CheckpointingTrainer
 from .geco import GECOController, tau_from_accuracy
 from .grounding import FrozenReference
 from .level import LevelController, set_dropout
@@ -31,7 +24,7 @@ from .objectives import (AttributionCentroidTracker, FeatureFrequencyTracker, Le
                                     separation_loss, sparsity_loss, strongest_answers, strongest_rival)
 from .optimisation import build_optimizer, centralize_gradients, evaluation_mode, parameter_groups
 from .targets import class_weights, is_multilabel
-from .watch import ConstrainedStopping, EpochOrder, ProgressLines, ReferenceCache, ValidationFitter, constrained_score
+from .watch import ConstrainedStopping, ProgressLines, ReferenceCache, ValidationFitter, constrained_score
 
 # %% ../nbs/02c_train.ipynb #cd3ab8c3
 _OPTIMISERS = ('adamw_torch', 'adamw_torch_fused', 'schedule_free_adamw')
@@ -96,7 +89,7 @@ class LexicalTrainingArguments(TrainingArguments):
 # %% ../nbs/02c_train.ipynb #16052c42
 _LOOK_EVERY, _LOOK_BATCHES = 10, 3   # steps between two looks at held-out texts; batches that take turns
 
-class LexicalTrainer(Trainer):
+class LexicalTrainer(CheckpointingTrainer):
     "Trains a `LexicalSAEForSequenceClassification` under GECO, grounded by the frozen reference."
     def __init__(self,
         model: LexicalSAEForSequenceClassification,
@@ -124,8 +117,7 @@ class LexicalTrainer(Trainer):
         self.level = LevelController(args.active_target, args.active_hold, args.active_until, args.level_rate) if args.level_rate else None
         self.teacher = None if teacher is None else teacher.to(args.device)
         if args.backbone_dropout is not None: set_dropout(model.backbone, args.backbone_dropout)
-        self.active_ema, self.terms, self.step_terms, self._staging, self._fitter, self.choice = None, {}, [], None, None, None
-        self._order, self._written = None, 'none was saved'
+        self.terms, self.step_terms, self._fitter, self.choice = {}, [], None, None
         self.add_callback(_DualStep(self)); self.add_callback(ConstrainedStopping(self, args.patience))
 
     def _weigh_classes(self, model):
@@ -225,9 +217,6 @@ class LexicalTrainer(Trainer):
         total = self._sum(mean)/self.accelerator.num_processes
         return total.log() + (value - value.detach())*mean/total
 
-    @property
-    def _net(self): return self.accelerator.unwrap_model(self.model)
-
     def _band(self):
         return self.args.band_weight*band_weight(self.active_ema or 0., self.args.active_target)
 
@@ -251,9 +240,6 @@ class LexicalTrainer(Trainer):
     def _stop_on_nan(self, loss, terms):
         if torch.isfinite(loss): return
         self._stop(f'The loss is not finite at step {self.state.global_step + 1}', ', '.join(f'{k} {v.item():.3g}' for k, v in terms.items()))
-
-    def _stop(self, what, where):
-        raise FloatingPointError(f"{what} ({where}): lower the learning rate; last good checkpoint: {self._written}.")
 
     def dual_step(self):
         "Once per optimiser step: GECO, the moving average of k, and the alarm for closed gates."
@@ -354,72 +340,9 @@ class LexicalTrainer(Trainer):
         per_epoch = math.ceil(len(self.train_dataset)/self.args.train_batch_size/self.args.gradient_accumulation_steps)
         return self.args.max_steps if self.args.max_steps > 0 else math.ceil(per_epoch*self.args.num_train_epochs)
 
-    def _get_train_sampler(self, *args, **kwargs):
-        sampler = super()._get_train_sampler(*args, **kwargs)            # the random sampler has a seed of its own for each epoch
-        if not isinstance(sampler, LengthGroupedSampler): return sampler
-        self._order = EpochOrder(sampler, self.accelerator.num_processes, self.args.device)
-        return self._order
-
-    # ---- checkpoints -----------------------------------------------------------------------------------------
-    def save_model(self, *args, **kwargs):
-        evaluation_mode(self.optimizer)                                  # schedule-free: the averaged weights are the model
-        super().save_model(*args, **kwargs)
-
-    def _get_output_dir(self, trial): return self._staging or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model, trial):
-        "Write under a name that no resume picks up, then rename; broken weights never take the place of good ones."
-        if broken := [name for name, p in self._net.named_parameters() if not p.isfinite().all()]:
-            self._stop(f'The weights are not finite after step {self.state.global_step}', broken[0])
-        final, name = Path(super()._get_output_dir(trial)), f'checkpoint-{self.state.global_step}'
-        self._staging = str(final/'.unfinished')
-        try:
-            if self.args.should_save: shutil.rmtree(self._staging, ignore_errors=True)
-            self.accelerator.wait_for_everyone()                         # all processes write into one folder
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save: self._finish_checkpoint(Path(self._staging)/name, final)
-        except (OSError, SafetensorError, RuntimeError) as e:
-            raise OSError(f"The checkpoint of step {self.state.global_step} could not be written ({e}): free some space, then resume; "
-                          "earlier checkpoints are intact.") from e
-        finally:
-            if self.args.should_save: shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
-        if self.state.best_global_step: self.state.best_model_checkpoint = str(final/f'checkpoint-{self.state.best_global_step}')
-        self._written = str(final/name)
-
-    def _finish_checkpoint(self, written, final):
-        "Add what the Trainer does not know, name the best checkpoint by its final place, rename, drop old checkpoints."
-        self._save_method(written)
-        if self.state.best_global_step: self.state.best_model_checkpoint = str(final/f'checkpoint-{self.state.best_global_step}')
-        self.state.save_to_json(str(written/TRAINER_STATE_NAME))
-        shutil.rmtree(final/written.name, ignore_errors=True)
-        os.replace(written, final/written.name)
-        rotate_checkpoints(str(final), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
-
     def _method(self):
         parts = dict(geco=self.geco, centroids=self.centroids, margin=self.margin, frequencies=self.frequencies)
         return nn.ModuleDict(parts if self.level is None else parts | dict(level=self.level))
-
-    def _save_method(self, folder):
-        "Constraint, trackers, the moving average of k, and what the epoch's order was drawn from."
-        state = {k: v.contiguous() for k, v in self._method().state_dict().items()}
-        if self._order is not None: state['order'] = self._order.drawn_from
-        save_file(state | {'active_ema': torch.tensor(float('nan') if self.active_ema is None else self.active_ema, dtype=torch.float64)},
-                  folder/'method.safetensors')
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None: return
-        path = Path(checkpoint)/'method.safetensors'
-        if not path.exists():
-            raise FileNotFoundError(f"{checkpoint} was not written by this trainer (it has no method.safetensors): choose another checkpoint.")
-        state = load_file(path)
-        active, order = state.pop('active_ema').item(), state.pop('order', None)
-        if self._order is not None and self.state.epoch % 1 and not self.args.ignore_data_skip: self._order.resumed = order   # in mid-epoch
-        self.active_ema = None if math.isnan(active) else active
-        self._method().load_state_dict(state)
-        self._written = str(checkpoint)
 
 class _DualStep(TrainerCallback):
     "Calls the trainer's dual step after each optimiser step."

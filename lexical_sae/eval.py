@@ -202,7 +202,7 @@ def _tagger_pass(model, data, wanted, parts):
         if apart := _tag_separation(grounding): out['circuits']['separation'], parts['circuits'] = apart.to_dict(), apart
     return out
 
-def _type_words(grounding, k=10):
+def _type_words(grounding, k=15):
     "What each type is made of."
     return Bars({t: dict(zip(rows.word, rows.contribution)) for t, rows in grounding.top_words(k).groupby('type', sort=False)})
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .dense import DenseClassifier
-from .dla import CircuitState, circuit_state
+from .dla import CircuitState, circuit_state, compute_active_slice_weff
 from .explain import position_shares
 from .grounding import centred_contributions
 from .model import LexicalSAE, LexicalSAEConfig, SparseSequence
@@ -191,8 +191,9 @@ def word_scores(model: LexicalSAE|Reader, text: str) -> Tensor:          # [n wo
     reader = Reader.of(model)
     reader.readings += 1
     seq = reader.model.encode(**reader.batch([text])); state = reader.model.classify(seq)
-    ids = state.sparse_vector[0].nonzero()[:, 0]                         # [K]
-    by_position = position_shares(seq, state, ids).T @ centred_contributions(state)[0, ids]       # [L]
+    words, c = compute_active_slice_weff(state.sparse_vector, state.head), state.logits[0].argmax()       # W_eff at the K open words alone
+    parts = words.values[0]*(words.W_eff[0, c] - words.W_eff[0].mean(0))  # [K], as `centred_contributions`
+    by_position = position_shares(seq, state, words.index[0]).T @ parts   # [L]
     return reader.to_words(by_position, text)
 
 def _best_words(scores, amount):

@@ -48,11 +48,14 @@ def _max_by_text(z, lengths):
 
 FEW_ROWS = 128    # below, the words of a tile are picked after the product
 
-def _product(rows, weight, t, dtype):
-    "`rows` times the words of a tile; [N,T]. To pick them first copies [T,D] of the projection, which for few rows on a CPU takes longer than the product."
-    if isinstance(t, slice) or len(rows) >= FEW_ROWS or rows.device.type != 'cpu' or (span := int(t[-1] - t[0]) + 1) > 2*len(t):
-        return rows @ weight[t].to(dtype).T
-    return (rows @ weight.narrow(0, int(t[0]), span).to(dtype).T).index_select(1, t - t[0])
+def _product(h, weight, t, dtype):
+    "`h` times the words of a tile; [...,D] -> [...,T]."
+    h, rows = h.to(dtype), h.shape[:-1].numel()
+    if isinstance(t, slice) or not len(t) or rows >= FEW_ROWS or h.device.type != 'cpu': return h @ weight[t].to(dtype).T
+    low, high = (int(end) for end in t.aminmax())
+    if high - low >= 2*len(t): return h @ weight[t].to(dtype).T
+    # picking the words first copies [T,D] of the projection: for few rows that takes longer than to multiply their whole span
+    return (h @ weight[low:high + 1].to(dtype).T).index_select(-1, t - low)
 
 def _pool_forward(rows, lengths, weight, bias, dims, tile):
     "Value and row of every word's loudest position; [B,V] each, -inf and 0 where not decoded."
@@ -143,7 +146,7 @@ def naive_decode(h, weight, bias=None, keep=None):
 def _tile_logits(h, weight, bias, t, dtype):
     "Logits of one tile in float32 or better; [...,D] -> [...,T]."
     out = torch.promote_types(dtype, torch.float32)
-    z = (h.to(dtype) @ weight[t].to(dtype).T).to(out)
+    z = _product(h, weight, t, dtype).to(out)
     return z if bias is None else z + bias[t].to(out)
 
 def _recompute(fn, *args):

@@ -231,7 +231,7 @@ def headline(
     "Score, active words and worst identity error of a run."
     m = result['metrics']
     score = next((k for k in ('entity_f1', 'accuracy') if k in m), None)
-    twin = m.get('dense', {}).get(score)
+    twin = (m.get('dense') or {}).get(score)
     return ([] if score is None else [f"{score} {m[score]:.4f}" + ('' if twin is None else f" (dense twin {twin:.4f})")]) + (
         [f"mean active dimensions {m['active_dims']:.1f}"] if 'active_dims' in m else []) + (
         [f"worst identity error {m['identity_error']:.1e}"] if 'identity_error' in m else [])

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from lexical_sae.backbone import load_backbone
-
 from lexical_sae.model import LexicalSAE, LexicalSAEForSequenceClassification
 from lexical_sae.surgery import SuppressedModel
 from lexical_sae.train import LexicalTrainer, LexicalTrainingArguments

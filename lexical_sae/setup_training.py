@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPE', 'DENSE', 'TrainingConfig', 'Setup', 'with_validation', 'set_up', 'Trained', 'common_arguments',
            'arguments_for', 'timed', 'fit_dense', 'train_model', 'setup_and_train', 'measure_trained',
-           'measure_elsewhere', 'train_dense', 'run_arm', 'arms_table', 'right_of']
+           'measure_elsewhere', 'train_dense', 'run_arm', 'arms_table', 'draw_frontier', 'right_of']
 
 # %% ../nbs/02ca_setup.ipynb #adbee4e3
 import json
@@ -16,6 +16,7 @@ import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -334,6 +335,24 @@ def arms_table(
             gap = paired_bootstrap(right_of(folder), right_of(done[against]))
             rows[name] |= {f'minus {against}': gap.mean, 'low': gap.low, 'high': gap.high}
     return pd.DataFrame.from_dict(rows, orient='index')
+
+def draw_frontier(
+    table: pd.DataFrame,             # one row an arm, one of them the dense twin: accuracy, active_dims, and the share
+    share: str = 'reference_share',  # or "input_share"
+    dense: str = 'dense',            # the twin's row
+    ax: plt.Axes|None = None,
+) -> plt.Axes:                       # right is better grounded, up is more accurate; a point's area is its open words
+    "What meaning costs: accuracy less the dense twin's against the share of the explanation that is grounded."
+    ax, arms = ax or plt.subplots(figsize=(7.5, 4))[1], table.drop(index=dense)
+    x, y = arms[share].astype(float), 100*(arms.accuracy.astype(float) - table.accuracy[dense])
+    ax.scatter(x, y, s=2*arms.active_dims.astype(float).clip(upper=300), color='#2166ac', alpha=.4, lw=0)
+    for arm in arms.index:                                               # its name on the side away from the point next to it in height
+        near = (y.drop(arm) - y[arm]).abs().sort_values().index[:1]
+        side = -1 if len(near) and x[arm] < x[near[0]] else 1
+        ax.annotate(arm, (x[arm], y[arm]), fontsize=7, xytext=(9*side, 0), textcoords='offset points', ha={1: 'left', -1: 'right'}[side], va='center')
+    ax.axhline(0, color='0.7', lw=.8); ax.margins(x=.2)
+    ax.set(xlabel=share.replace('_', ' '), ylabel='accuracy minus dense, points')
+    return ax
 
 def right_of(folder: str|Path, task: str|None = None) -> np.ndarray:  # [n] 0 or 1
     "Which test texts an arm classified correctly, of its own task or another's, for paired comparisons."

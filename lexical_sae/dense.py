@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import ModelOutput
 
+from .backbone import eager_attention
 from .model import check_labels
 
 # %% ../nbs/02d_dense.ipynb #fe92d427
@@ -49,7 +50,8 @@ class DenseTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**{k: inputs[k] for k in ('input_ids', 'attention_mask', 'labels')})
+        with eager_attention(self.accelerator.unwrap_model(model).encoder, inputs['input_ids'].shape[1]):
+            outputs = model(**{k: inputs[k] for k in ('input_ids', 'attention_mask', 'labels')})
         return (outputs['loss'], outputs) if return_outputs else outputs['loss']
 
     def create_optimizer(self, model=None):

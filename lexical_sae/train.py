@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments, set_seed
 
+from .backbone import eager_attention
 from .checkpoints import CheckpointingTrainer
 from .geco import GECOController, tau_from_accuracy
 from .grounding import FrozenReference
@@ -139,10 +140,11 @@ class LexicalTrainer(CheckpointingTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         example_id = inputs.pop('example_id', None)
         inputs.pop('length', None)
-        outputs = model(**inputs)
+        if model.training: self._check_teacher(example_id)
+        with eager_attention(self._net.backbone, inputs['input_ids'].shape[1]):
+            outputs = model(**inputs)
+            terms = self.loss_terms(outputs, inputs, example_id) if model.training else {}
         if model.training:
-            self._check_teacher(example_id)
-            terms = self.loss_terms(outputs, inputs, example_id)
             self._record(terms, outputs.state)
             loss = self.combine(terms)
             self._stop_on_nan(loss, terms)

@@ -62,7 +62,7 @@ class FrozenReference(nn.Module):
     @torch.no_grad()
     def logits_at(self,
         h: Tensor,                      # [B,L,D] from `encode`
-        keep: Tensor,                   # [B,L] bool, real positions
+        keep: Tensor|None,              # [B,L] bool, real positions; None: positions are given
         ids: Tensor,                    # [B,K] words asked for
         position: Tensor|None = None,   # [B,K] where; None: the loudest real position of each word
     ) -> Tensor:                        # [B,K]

@@ -54,6 +54,7 @@ class LexicalSAEConfig(PreTrainedConfig):
         bandwidth: float = .2,            # width of the gate's surrogate, as a share of the spread of z
         topk_per_position: int = 0,       # inference only; 0: off
         special_token_ids: list|None = None,  # positions of these tokens take no part in pooling
+        start_theta: float|None = None,   # the threshold at which the untrained model was opened; `start_threshold` notes it
         sense_words: list|None = None,    # ids of the words that have slots for their senses (chapter 00d)
         num_senses: int = 2,              # slots of each of them
         backbone_name: str|None = None,   # where the backbone came from; the frozen reference of grounding
@@ -66,7 +67,7 @@ class LexicalSAEConfig(PreTrainedConfig):
         self.backbone_config = backbone_config or {}
         self.pooling, self.gate, self.classifier_hidden, self.vocabulary = pooling, gate, classifier_hidden, vocabulary
         self.init_threshold, self.initial_words, self.bandwidth = init_threshold, initial_words, bandwidth
-        self.topk_per_position, self.special_token_ids = topk_per_position, special_token_ids or []
+        self.topk_per_position, self.special_token_ids, self.start_theta = topk_per_position, special_token_ids or [], start_theta
         self.sense_words, self.num_senses = sense_words or [], num_senses
         self.backbone_name, self.backbone_revision, self.backbone_hash = backbone_name, backbone_revision, backbone_hash
         self.format_version = format_version
@@ -359,7 +360,8 @@ def start_threshold(self: LexicalSAE,
     "Set theta, the spread of z and the logit shift from what the (untrained) backbone says of these texts."
     number = self.config.init_threshold
     if texts is None:
-        self.activation.set_threshold(1. if number == 'auto' else number, 1.)
+        self.config.start_theta = 1. if number == 'auto' else float(number)
+        self.activation.set_threshold(self.config.start_theta, 1.)
         return None
     self.logit_shift.zero_()
     allowed = self.activation.allowed[:self.vocab_size]                    # further senses speak as loudly as their words
@@ -378,6 +380,7 @@ def start_threshold(self: LexicalSAE,
     if number != 'auto': found = Threshold(float(number), found.spread, 0., float('nan'))
     self.activation.set_threshold(found.theta, found.spread)
     self.logit_shift.fill_(found.shift)
+    self.config.start_theta = found.theta
     return found
 
 def check_texts(texts: list[str]):

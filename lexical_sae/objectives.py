@@ -177,12 +177,14 @@ def anchor_loss(
 # %% ../nbs/02a_objectives.ipynb #56ad74f6
 def evidence_loss(
     attribution: Tensor,  # [B,V] parts of the difference between the label's logit and its rival's
-    own: Tensor,          # [B,V] bool: words of the text
-    share: float = .42,   # wanted on the text's own words
+    own: Tensor,          # [B,V] bool: words that count as evidence: of the text, or of the reference
+    share: float = .42,   # wanted on them
+    bias: Tensor|float = 0.,  # [B] the part that no word carries
 ) -> Tensor:              # []
-    "Mean shortfall of the contributions on the text's own words."
+    "Mean shortfall of the contributions on words that count."
     size = attribution.abs()
-    return F.relu(share - (size*own).sum(-1)/size.sum(-1).clamp(min=1e-9)).mean()
+    total = size.sum(-1) + torch.as_tensor(bias).abs()
+    return F.relu(share - (size*own).sum(-1)/total.clamp(min=1e-9)).mean()
 
 def strongest_rival(logits: Tensor, labels: Tensor) -> Tensor:           # [B,C], [B] -> [B]
     "The best class that is not the label."

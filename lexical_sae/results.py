@@ -76,6 +76,7 @@ METRICS = {  # the same name means the same thing in every file
     'bias_share': 'share of the logit that no word carries',
     'words_ever_active': 'words that were open in at least one held-out text',
     'step_seconds': 'mean wall time of an optimiser step',
+    'evaluation_seconds': 'wall time of each tier of the evaluation',
 }
 
 # %% ../nbs/01d_results.ipynb #e4460c52

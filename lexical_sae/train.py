@@ -41,7 +41,8 @@ class LexicalTrainingArguments(TrainingArguments):
     anchor_weight: float = field(default=1., metadata={'help': '0 switches grounding off'})
     anchor_margin: float = field(default=1.2, metadata={'help': 'how much louder than the reference a word may be, in spreads of z'})
     evidence_weight: float = field(default=.5, metadata={'help': "weight of the evidence loss; 0: contributions may lie where they like"})
-    evidence_share: float = field(default=.42, metadata={'help': "share of the contributions wanted on the text's own words"})
+    evidence_share: float = field(default=.42, metadata={'help': "share of the contributions wanted on the text's own words; 0: none"})
+    reference_share: float = field(default=.97, metadata={'help': 'share wanted on words that the frozen reference says at that position; 0: none'})
     completeness_weight: float = field(default=.1, metadata={'help': 'weight of the circuit completeness loss'})
     completeness_against: str = field(default='kl', metadata={'help': '"kl" or "ce"'})
     separation_weight: float = field(default=0., metadata={'help': 'weight of the separation of class circuits'})
@@ -108,11 +109,13 @@ class LexicalTrainer(CheckpointingTrainer):
             raise ValueError("mlm_weight needs a mask token: set model.tokenizer to one that has it, or mlm_weight=0.")
         model.label_smoothing, self.multilabel = args.label_smoothing, is_multilabel(model.config)
         self._weigh_classes(model)
-        if reference is None and (args.anchor_weight or args.load_best_model_at_end): reference = FrozenReference.of(model)
+        said = args.evidence_weight and args.reference_share and isinstance(model, LexicalSAEForSequenceClassification) and not self.multilabel
+        if reference is None and (args.anchor_weight or args.load_best_model_at_end or said): reference = FrozenReference.of(model)
         self.reference = ReferenceCache(reference.to(args.device), args.reference_cache_mib) if reference is not None else None
         tau = None if args.target_accuracy is None else tau_from_accuracy(args.target_accuracy, model.config.num_labels, args.label_smoothing,
                                                                           self.multilabel)
         self.geco = GECOController(tau, args.dual_rate, active_target=args.active_target, relax=args.tau_relax)
+        self.start_theta = model.config.start_theta or model.activation.theta.median().item()    # not noted by earlier versions
         self.centroids = AttributionCentroidTracker(model.config.num_labels, model.num_dims).to(args.device)
         self.margin, self.frequencies = LearnedMargin(), FeatureFrequencyTracker(model.num_dims).to(args.device)
         self.level = LevelController(args.active_target, args.active_hold, args.active_until, args.level_rate) if args.level_rate else None
@@ -159,7 +162,7 @@ class LexicalTrainer(CheckpointingTrainer):
         terms = {'ce': outputs.loss}
         if self.teacher is not None: terms['distillation'] = self._distil(state.logits, self.teacher[example_id])
         if self.reference is not None and args.anchor_weight: terms['anchor'] = self._anchor(state, inputs, example_id)
-        if args.evidence_weight and not self.multilabel: terms['evidence'] = self._evidence(state, inputs)
+        if args.evidence_weight and not self.multilabel: terms['evidence'] = self._evidence(state, inputs, example_id)
         if args.mlm_weight: terms['mlm'] = masked_language_loss(self._net, inputs['input_ids'], inputs['attention_mask'])
         self._count_open(state)
         if self.warming_up: return terms
@@ -229,9 +232,17 @@ class LexicalTrainer(CheckpointingTrainer):
         z0 = self.reference.reference.logits_at(h0, keep, ids)
         return anchor_loss(z, z0, mask, self.args.anchor_margin*self._net.activation.spread)
 
-    def _evidence(self, state, inputs):
-        own = torch.zeros_like(state.sparse_vector, dtype=torch.bool).scatter_(1, inputs['input_ids'], True)
-        return evidence_loss(state.attribution(inputs['labels'], strongest_rival(state.logits, inputs['labels'])), own, self.args.evidence_share)
+    def _evidence(self, state, inputs, example_id):
+        "On the text's own words, and on those that the reference says at the position itself."
+        args, none = self.args, torch.zeros_like(state.sparse_vector, dtype=torch.bool)
+        label, rival = inputs['labels'], strongest_rival(state.logits, inputs['labels'])
+        part = state.attribution(label, rival)
+        bias = (state.b_eff - state.b_eff.detach().mean(0)).gather(1, torch.stack([label, rival], 1))   # what it says of every text is no evidence
+        loss = evidence_loss(part, none.scatter(1, inputs['input_ids'], True), args.evidence_share, bias[:, 0] - bias[:, 1])
+        if self.reference is None or not args.reference_share: return loss
+        h0, (ids, _, _) = self.reference(inputs['input_ids'], inputs['attention_mask'], example_id), open_words(state)
+        z0 = self.reference.reference.logits_at(h0, None, ids, state.position.gather(1, ids))
+        return loss + evidence_loss(part, none.scatter(1, ids, z0 > self.start_theta), args.reference_share)
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------
     def _record(self, terms, state):

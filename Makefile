@@ -64,7 +64,7 @@ bench: .venv/ready ## time and memory of the decode and of a tagging step, time 
 	@for d in float32 bfloat16; do for g in sparse dense; do for p in tiled naive; do PYTHONPATH=. $(BIN)/python tools/bench_decode.py $$p $$g $$d; done; done; done
 	@for w in 400 50; do PYTHONPATH=. $(BIN)/python tools/bench_step.py offline bfloat16 $$w; done
 	@PYTHONPATH=. $(BIN)/python tools/bench_step.py bert-base bfloat16 50 3
-	@mkdir -p paper/bench; for d in float32 bfloat16; do PYTHONPATH=. $(BIN)/python tools/bench_tagging.py both $$d | tee paper/bench/tagging_$$d.json; done
+	@mkdir -p paper/bench; for d in float32 bfloat16; do f=paper/bench/tagging_$$d.json; PYTHONPATH=. $(BIN)/python tools/bench_tagging.py both $$d > $$f.part && mv $$f.part $$f && cat $$f || exit 1; done
 
 clean: ## remove what was built
 	@rm -rf _docs _proc build dist *.egg-info runs

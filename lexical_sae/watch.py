@@ -182,7 +182,7 @@ def price_from_log(
     seen = [h for h in history if 'tau' in h and 'lambda' in h]
     if not seen: return None
     last, peak = seen[-1], max(h['lambda'] for h in seen)
-    free = peak == min(h['lambda'] for h in seen)
+    free = peak < 1.05*min(h['lambda'] for h in seen)                    # less is the step of the multiplier, not a price
     cost = f"lambda stayed at {peak:.2f}: the constraint cost nothing (a higher target_accuracy or fewer words would give it a price)" if free else \
         f"lambda rose to {peak:.2f} and ended at {last['lambda']:.2f}: the constraint binds"
     return cost + (f"; {last['dead']:,} words that the untrained model opens have fallen silent" if last.get('dead') else '')

@@ -232,6 +232,7 @@ def train_model(setup: Setup) -> Trained:
     if trainer.is_world_process_zero():
         model.save_pretrained(folder)
         shutil.rmtree(args.output_dir, ignore_errors=True)               # the run is over: its checkpoints are not needed
+    trainer.accelerator.wait_for_everyone()                              # the folder is there for whoever looks next
     return Trained(setup, model, trainer, seconds, folder)
 
 def setup_and_train(config: TrainingConfig) -> Trained:
@@ -310,7 +311,7 @@ def run_arm(
         setup, curves = trained.setup, trained.curves
         metrics, right = measure_trained(trained, positive_class)
         judged = _LogitsOnly(trained.model)
-        if not keep_model: shutil.rmtree(trained.folder)
+        if not keep_model: shutil.rmtree(trained.folder, ignore_errors=True)   # another process may have been first
     for task, answers in measure_elsewhere(lambda tokens: predict_dense(judged, tokens, setup.collator), setup, elsewhere or {}).items():
         metrics.setdefault('elsewhere', {})[task] = float(np.mean(answers))
         atomic_write(out/f'right_{task}.json', json.dumps(answers))

@@ -237,7 +237,8 @@ class LexicalTrainer(CheckpointingTrainer):
         args, none = self.args, torch.zeros_like(state.sparse_vector, dtype=torch.bool)
         label, rival = inputs['labels'], strongest_rival(state.logits, inputs['labels'])
         part = state.attribution(label, rival)
-        bias = (state.b_eff - state.b_eff.detach().mean(0)).gather(1, torch.stack([label, rival], 1))   # what it says of every text is no evidence
+        always = self._sum(state.b_eff.detach().mean(0))/self.accelerator.num_processes     # what the bias says of every text: no evidence, and none missing
+        bias = (state.b_eff - always).gather(1, torch.stack([label, rival], 1))
         loss = evidence_loss(part, none.scatter(1, inputs['input_ids'], True), args.evidence_share, bias[:, 0] - bias[:, 1])
         if self.reference is None or not args.reference_share: return loss
         h0, (ids, _, _) = self.reference(inputs['input_ids'], inputs['attention_mask'], example_id), open_words(state)
@@ -322,8 +323,9 @@ class LexicalTrainer(CheckpointingTrainer):
         if isinstance(self._net, LexicalSAEForSequenceClassification):
             self._fitter = ValidationFitter(self._net, self.reference and self.reference.reference)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._fitter is not None and self._fitter.sums.any():
-            found = self._fitter.fit(lambda t: self._sum(t.to(self.args.device)).cpu())
+        everywhere = lambda t: self._sum(t.to(self.args.device)).cpu()
+        if self._fitter is not None and everywhere(self._fitter.sums[:1]).any():     # a process without texts of its own takes part too
+            found = self._fitter.fit(everywhere)
             output.metrics.update({f'{metric_key_prefix}_{k}': v for k, v in (found | self._judged(found)).items()})
         self._fitter = None
         return output

@@ -49,7 +49,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(runs):
     for k in ('geco.log_lambda', 'geco.tau', 'geco.gap', 'frequencies.start', 'frequencies.frequency', 'centroids.centroids'):
         assert two['method'][k] == pytest.approx(one['method'][k], rel=2e-3, abs=2e-3), k
     assert two['active'] == pytest.approx(one['active'], rel=1e-3)
-    assert two['weights'] == pytest.approx(one['weights'], rel=1e-3, abs=1e-3)   # Adam makes steps of rounding errors in biases without a gradient
+    assert two['weights'] == pytest.approx(one['weights'], rel=1e-3, abs=1e-3)
     assert [h['lambda'] for h in two['log']] == pytest.approx([h['lambda'] for h in one['log']], rel=1e-3)
     assert any('band' in h for h in two['log'])                          # the term that is a logarithm of a mean was on
     for k in ('eval_ce', 'eval_accuracy', 'eval_active', 'eval_reference_share'):    # of 27 texts: the last batches are filled up with others
@@ -80,3 +80,36 @@ def test_each_process_reads_its_share_of_one_order(tmp_path):
     a, b = ended(tmp_path/'two', 0)['read'], ended(tmp_path/'two', 1)['read']
     epochs = [sorted(i for batch in a[e:e + 6] + b[e:e + 6] for i in batch) for e in (0, 6, 12)]
     assert epochs == [list(range(96))]*3
+
+SET_UP = """
+import sys
+import pandas as pd
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+from lexical_sae.data import offline_backbone
+from lexical_sae.setup_training import TrainingConfig, run_arm
+folder, (rank, world) = sys.argv[1], (int(__import__('os').environ[k]) for k in ('RANK', 'WORLD_SIZE'))
+torch.manual_seed(0)
+mine = f'{folder}/backbone{rank}'
+BertForMaskedLM(BertConfig(vocab_size=30522, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=32,
+                           initializer_range=.3)).save_pretrained(mine)
+AutoTokenizer.from_pretrained(offline_backbone()).save_pretrained(mine)
+pd.DataFrame([dict(text=f'a {w} film with plot and {w} number {i}', label='pos' if j < 3 else 'neg')
+              for i in range(12) for j, w in enumerate(['good', 'fine', 'great', 'bad', 'poor', 'dull'])]).to_csv(f'{folder}/mine{rank}.csv', index=False)
+training = dict(max_steps=10, warmup_steps=2, logging_steps=5, bf16=False, ddp_backend='gloo', use_cpu=True)
+config = TrainingConfig(active_target=40., anchor_margin=4., dataset_name='mine', source=f'{folder}/mine{rank}.csv', model_name=mine, output_dir=f'{folder}/arm',
+    validation_share=.2, evaluations=2, learning_rate=5e-3, batch_size=8, training=training, model=dict(initial_words=60, classifier_hidden=8, check=False))
+found = run_arm(config, 'small', positive_class='pos')
+print('ended', found['metrics']['accuracy'], found['metrics']['active_dims'], found['metrics']['reference_share'], flush=True)
+"""
+
+@pytest.mark.slow
+def test_one_call_trains_and_measures_on_two_processes(tmp_path):
+    "On few held-out texts one process has none of its own to judge."
+    (tmp_path/'run.py').write_text(SET_UP)
+    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-addr', '127.0.0.1', '--master-port', str(free_port()),
+                          str(tmp_path/'run.py'), str(tmp_path)], capture_output=True, text=True, env=ENV, timeout=240)
+    assert not run.returncode, run.stderr[-3000:]
+    ended = [line for line in run.stdout.splitlines() if line.startswith('ended')]
+    assert len(ended) == 2 and len(set(ended)) == 1
+    assert sorted(p.name for p in (tmp_path/'arm').iterdir()) == ['results.json', 'right.json']

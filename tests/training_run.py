@@ -67,7 +67,7 @@ def main(folder, *options):
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if os.path.isdir(folder) else None)
     method = {k: v.double().flatten().tolist() for k, v in trainer._method().state_dict().items() if not v.double().isnan().any()}
     ends = dict(step=trainer.state.global_step, log=[h for h in trainer.state.log_history if 'ce' in h], method=method, active=trainer.active_ema, read=trainer.read,
-                evaluation=trainer.evaluate() if held_out else None, weights=[p.detach().double().norm().item() for p in trainer.model.parameters()])
+                evaluation=trainer.evaluate() if held_out else None, weights=[p.detach().double().norm().item() for name, p in trainer.model.named_parameters() if not name.endswith('key.bias')])   # softmax does not see it: its gradient is rounding
     Path(folder).mkdir(exist_ok=True)
     Path(folder, f'ends{trainer.args.process_index}.json').write_text(json.dumps(ends))
 

@@ -138,9 +138,9 @@ def eager_attention(backbone: PreTrainedModel, length: int):
     "Attention as plain products while gradients are taken in bfloat16 on a CPU, to no more than `EAGER_UP_TO` positions; else as the backbone has it."
     halved = torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == torch.bfloat16 or backbone.dtype == torch.bfloat16
     faster = halved and length <= EAGER_UP_TO and backbone.device.type == 'cpu' and torch.is_grad_enabled()
+    faster = faster and backbone.config._attn_implementation == 'sdpa'
     # a checkpointed block runs again in the backward pass, when this is over
-    checkpointed = any(getattr(block, 'gradient_checkpointing', False) for block in backbone.modules())
-    if not faster or checkpointed or backbone.config._attn_implementation != 'sdpa': yield; return
+    if not faster or any(getattr(block, 'gradient_checkpointing', False) for block in backbone.modules()): yield; return
     backbone.set_attn_implementation('eager')
     try: yield
     finally: backbone.set_attn_implementation('sdpa')

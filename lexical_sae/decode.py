@@ -50,12 +50,12 @@ FEW_ROWS = 128    # below, the words of a tile are picked after the product
 
 def _product(h, weight, t, dtype):
     "`h` times the words of a tile; [...,D] -> [...,T]."
-    h, rows = h.to(dtype), h.shape[:-1].numel()
-    if isinstance(t, slice) or not len(t) or rows >= FEW_ROWS or h.device.type != 'cpu': return h @ weight[t].to(dtype).T
-    low, high = (int(end) for end in t.aminmax())
-    if high - low >= 2*len(t): return h @ weight[t].to(dtype).T
-    # picking the words first copies [T,D] of the projection: for few rows that takes longer than to multiply their whole span
-    return (h @ weight[low:high + 1].to(dtype).T).index_select(-1, t - low)
+    h, few = h.to(dtype), h.shape[:-1].numel() < FEW_ROWS and h.device.type == 'cpu'
+    if few and isinstance(t, Tensor) and len(t):
+        # picking the words first copies [T,D] of the projection: for few rows that takes longer than to multiply their whole span
+        low, high = (int(end) for end in t.aminmax())
+        if high - low < 2*len(t): return (h @ weight[low:high + 1].to(dtype).T).index_select(-1, t - low)
+    return h @ weight[t].to(dtype).T
 
 def _pool_forward(rows, lengths, weight, bias, dims, tile):
     "Value and row of every word's loudest position; [B,V] each, -inf and 0 where not decoded."

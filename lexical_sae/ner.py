@@ -153,7 +153,8 @@ class TaggingTrainer(LexicalTrainer):
         state, args = outputs.state, self.args
         terms = {'ce': outputs.loss}
         if self.teacher is not None: terms['distillation'] = self._distil(state.logits, self.teacher[example_id][tuple(state.index.T)])
-        if self.reference is not None and args.anchor_weight: terms['anchor'] = self._anchor(state, inputs, example_id)
+        if self.reference is not None and args.anchor_weight:
+            terms['anchor'] = self._anchor(state, inputs, self.reference(inputs['input_ids'], inputs['attention_mask'], example_id))
         if args.mlm_weight: terms['mlm'] = masked_language_loss(self._net, inputs['input_ids'], inputs['attention_mask'])
         self._count_open(state)
         if self.warming_up: return terms
@@ -183,10 +184,10 @@ class TaggingTrainer(LexicalTrainer):
         found.start.mul_(found.texts).add_(count).div_((found.texts + positions).clamp(min=1))
         found.texts += positions; found.frequency.copy_(found.start)
 
-    def _anchor(self, state, inputs, example_id):
+    def _anchor(self, state, inputs, h0):
         "Excess over the reference at the routed position itself."
         with torch.no_grad():
-            h0 = self.reference(inputs['input_ids'], inputs['attention_mask'], example_id)[tuple(state.index.T)]
+            h0 = h0[tuple(state.index.T)]
             weight, bias = projection(self.reference.reference.backbone)
             z0 = pair_dots(h0.to(weight.dtype), weight, state.active.row, state.active.dim)
             z0 = z0 + self.reference.reference.shift + (0 if bias is None else bias[state.active.dim])

@@ -16,7 +16,6 @@ import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -341,9 +340,10 @@ def draw_frontier(
     table: pd.DataFrame,             # one row an arm, one of them the dense twin: accuracy, active_dims, and the share
     share: str = 'reference_share',  # or "input_share"
     dense: str = 'dense',            # the twin's row
-    ax: plt.Axes|None = None,
-) -> plt.Axes:                       # right is better grounded, up is more accurate; a point's area is its open words
+    ax=None,                         # matplotlib axes; None: new ones
+):                                   # the axes; right is better grounded, up is more accurate; a point's area is its open words
     "What meaning costs: accuracy less the dense twin's against the share of the explanation that is grounded."
+    import matplotlib.pyplot as plt
     ax, arms = ax or plt.subplots(figsize=(7.5, 4))[1], table.drop(index=dense)
     x, y = arms[share].astype(float), 100*(arms.accuracy.astype(float) - table.accuracy[dense])
     ax.scatter(x, y, s=2*arms.active_dims.astype(float).clip(upper=300), color='#2166ac', alpha=.4, lw=0)

@@ -161,8 +161,11 @@ class LexicalTrainer(CheckpointingTrainer):
         state, args = outputs.state, self.args
         terms = {'ce': outputs.loss}
         if self.teacher is not None: terms['distillation'] = self._distil(state.logits, self.teacher[example_id])
-        if self.reference is not None and args.anchor_weight: terms['anchor'] = self._anchor(state, inputs, example_id)
-        if args.evidence_weight and not self.multilabel: terms['evidence'] = self._evidence(state, inputs, example_id)
+        evidence = args.evidence_weight and not self.multilabel
+        heard = self.reference is not None and (args.anchor_weight or evidence and args.reference_share)
+        h0 = self.reference(inputs['input_ids'], inputs['attention_mask'], example_id) if heard else None         # read once for both
+        if heard and args.anchor_weight: terms['anchor'] = self._anchor(state, inputs, h0)
+        if evidence: terms['evidence'] = self._evidence(state, inputs, h0)
         if args.mlm_weight: terms['mlm'] = masked_language_loss(self._net, inputs['input_ids'], inputs['attention_mask'])
         self._count_open(state)
         if self.warming_up: return terms
@@ -225,14 +228,13 @@ class LexicalTrainer(CheckpointingTrainer):
     def _band(self):
         return self.args.band_weight*band_weight(self.active_ema or 0., self.args.active_target)
 
-    def _anchor(self, state, inputs, example_id):
-        h0 = self.reference(inputs['input_ids'], inputs['attention_mask'], example_id)
+    def _anchor(self, state, inputs, h0):
         ids, z, mask = open_words(state)
         keep = self._net.keep_mask(inputs['input_ids'], inputs['attention_mask'])
         z0 = self.reference.reference.logits_at(h0, keep, ids)
         return anchor_loss(z, z0, mask, self.args.anchor_margin*self._net.activation.spread)
 
-    def _evidence(self, state, inputs, example_id):
+    def _evidence(self, state, inputs, h0):
         "On the text's own words, and on those that the reference says at the position itself."
         args, none = self.args, torch.zeros_like(state.sparse_vector, dtype=torch.bool)
         label, rival = inputs['labels'], strongest_rival(state.logits, inputs['labels'])
@@ -240,8 +242,8 @@ class LexicalTrainer(CheckpointingTrainer):
         always = self._sum(state.b_eff.detach().mean(0))/self.accelerator.num_processes     # what the bias says of every text: no evidence, and none missing
         bias = (state.b_eff - always).gather(1, torch.stack([label, rival], 1))
         loss = evidence_loss(part, none.scatter(1, inputs['input_ids'], True), args.evidence_share, bias[:, 0] - bias[:, 1])
-        if self.reference is None or not args.reference_share: return loss
-        h0, (ids, _, _) = self.reference(inputs['input_ids'], inputs['attention_mask'], example_id), open_words(state)
+        if h0 is None or not args.reference_share: return loss
+        ids, _, _ = open_words(state)
         z0 = self.reference.reference.logits_at(h0, None, ids, state.position.gather(1, ids))
         return loss + evidence_loss(part, none.scatter(1, ids, z0 > self.start_theta), args.reference_share)
 

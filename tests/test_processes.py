@@ -82,13 +82,14 @@ def test_each_process_reads_its_share_of_one_order(tmp_path):
     assert epochs == [list(range(96))]*3
 
 SET_UP = """
+import os
 import sys
 import pandas as pd
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from lexical_sae.data import offline_backbone
 from lexical_sae.setup_training import TrainingConfig, run_arm
-folder, (rank, world) = sys.argv[1], (int(__import__('os').environ[k]) for k in ('RANK', 'WORLD_SIZE'))
+folder, rank = sys.argv[1], os.environ['RANK']
 torch.manual_seed(0)
 mine = f'{folder}/backbone{rank}'
 BertForMaskedLM(BertConfig(vocab_size=30522, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=32,

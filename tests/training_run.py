@@ -58,16 +58,15 @@ def main(folder, *options):
     stop = {k: given.pop(k) for k in ('stop_in_checkpoint', 'stop_at_step') if k in given}
     dropout, held_out, uneven = given.pop('dropout', 0.), given.pop('held_out', 0), given.pop('uneven', False)
     settings = dict(max_steps=24, backbone_dropout=None, per_device_train_batch_size=16, learning_rate=5e-3, logging_steps=1, report_to='none', save_strategy='no',
-        use_cpu=True, disable_tqdm=True,
-                    active_target=4., anchor_margin=1., warmup_fraction=.25, revival_weight=.01,
-                    separation_weight=.1) | given
+        use_cpu=True, disable_tqdm=True, active_target=4., anchor_margin=1., warmup_fraction=.25, revival_weight=.01, separation_weight=.1,
+        adam_epsilon=1e-6) | given                                       # a gradient that is rounding alone moves nothing
     trainer = Slow(model(dropout), LexicalTrainingArguments(folder, **settings), train_dataset=texts(uneven=uneven),
         eval_dataset=texts(held_out, uneven) if held_out else None, data_collator=collate, **stop)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if os.path.isdir(folder) else None)
     method = {k: v.double().flatten().tolist() for k, v in trainer._method().state_dict().items() if not v.double().isnan().any()}
     ends = dict(step=trainer.state.global_step, log=[h for h in trainer.state.log_history if 'ce' in h], method=method, active=trainer.active_ema, read=trainer.read,
-                evaluation=trainer.evaluate() if held_out else None, weights=[p.detach().double().norm().item() for name, p in trainer.model.named_parameters() if not name.endswith('key.bias')])   # softmax does not see it: its gradient is rounding
+                evaluation=trainer.evaluate() if held_out else None, weights=[p.detach().double().norm().item() for p in trainer.model.parameters()])
     Path(folder).mkdir(exist_ok=True)
     Path(folder, f'ends{trainer.args.process_index}.json').write_text(json.dumps(ends))
 

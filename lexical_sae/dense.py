@@ -13,7 +13,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, Trai
 from transformers.utils import ModelOutput
 
 from .backbone import eager_attention
-from .model import check_labels
+from .targets import classification_loss
 
 # %% ../nbs/02d_dense.ipynb #fe92d427
 class DenseClassifier(nn.Module):
@@ -23,16 +23,17 @@ class DenseClassifier(nn.Module):
         num_labels: int = 2,       # C
         dropout: float = .1,
         label_smoothing: float = 0.,
+        multilabel: bool = False,  # every class is a yes or no
     ):
         super().__init__()
-        self.encoder, self.dropout, self.label_smoothing = encoder, nn.Dropout(dropout), label_smoothing
+        self.encoder, self.dropout, self.label_smoothing, self.multilabel = encoder, nn.Dropout(dropout), label_smoothing, multilabel
         self.head = nn.Linear(encoder.config.hidden_size, num_labels)
         nn.init.normal_(self.head.weight, std=.02); nn.init.zeros_(self.head.bias)
 
     def forward(self,
         input_ids: Tensor,                   # [B,L]
         attention_mask: Tensor|None = None,  # [B,L]
-        labels: Tensor|None = None,          # [B]
+        labels: Tensor|None = None,          # [B] class ids; multilabel: [B,C] of 0 and 1
     ) -> ModelOutput:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         h = self.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state.float()       # [B,L,D]
@@ -40,7 +41,7 @@ class DenseClassifier(nn.Module):
         with torch.autocast(h.device.type, enabled=False): logits = self.head(self.dropout(pooled))
         if labels is None: return ModelOutput(logits=logits)
         smoothing = self.label_smoothing if self.training else 0.
-        return ModelOutput(loss=F.cross_entropy(logits, check_labels(labels, logits.shape[-1]), label_smoothing=smoothing), logits=logits)
+        return ModelOutput(loss=classification_loss(logits, labels, self.multilabel, smoothing), logits=logits)
 
 # %% ../nbs/02d_dense.ipynb #1b9ecd61
 class DenseTrainer(Trainer):

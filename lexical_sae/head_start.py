@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -30,7 +31,6 @@ class HeadStart:
 class HeadStartFitter:
     "Streams over batches of the untrained model, then fits the head and puts it in place."
     def __init__(self, model: LexicalSAE):
-        if is_multilabel(model.config): raise ValueError("The head start fits one class a text: train heads that say yes or no without it.")
         self.model, self.features, self.mass, self.labels = model, [], [], []
         weight = model.decoder()[0].detach().float()
         if model.senses is not None: weight = weight[model.base_ids]     # a sense starts as its word
@@ -38,7 +38,7 @@ class HeadStartFitter:
         self.total = torch.zeros(len(weight), device=weight.device)
 
     @torch.no_grad()
-    def update(self, sparse_vector: Tensor, labels: Tensor):             # [B,V], [B]
+    def update(self, sparse_vector: Tensor, labels: Tensor):             # [B,V]; [B] class ids, or [B,C] of 0 and 1
         "Take in one batch; only [B,D] is kept."
         s = sparse_vector.float()
         self.features.append(s @ self.basis); self.mass.append(s.sum(1)); self.labels.append(labels)
@@ -48,29 +48,33 @@ class HeadStartFitter:
     def fit(self, seed: int = 0) -> HeadStart:
         "Fit, and replace the matrix over words by its factors."
         if not self.labels: raise ValueError("No text was seen: call update() with at least one batch before fit().")
-        y = torch.cat(self.labels).cpu().numpy()
-        count = np.unique(y, return_counts=True)[1]
+        y, several = torch.cat(self.labels).cpu().numpy(), is_multilabel(self.model.config)
+        if several: y = (y.reshape(len(y), -1) > .5).astype(int)
+        count = np.unique(y, axis=0, return_counts=True)[1]
         if len(count) < 2: raise ValueError("All texts have the same label: nothing to learn.")
         centre = self.total @ self.basis/self.total.sum()
         x = torch.cat(self.features) - torch.cat(self.mass)[:, None]*centre
         scale = x.std(0).mean()
         basis, x = (self.basis - centre)/scale, (x/scale).cpu().numpy()
-        head, hidden = self.model.head, self.model.head.hidden
+        hidden = self.model.head.hidden
         if hidden:
-            held_out = min(count) > 1 and -(-len(y)//10) >= len(count)                 # a tenth has room for each class
-            found = MLPClassifier((hidden,), batch_size=min(32, len(y)), early_stopping=held_out, n_iter_no_change=5, random_state=seed).fit(x, y)
+            held_out = several or min(count) > 1 and -(-len(y)//10) >= len(count)      # a tenth has room for each class
+            found = MLPClassifier((hidden,), batch_size=min(32, len(y)), early_stopping=held_out, n_iter_no_change=5, random_state=seed)
+            found.fit(x, y.squeeze(-1) if y.shape[1:] == (1,) else y)
             (A, W2), (b, b2) = found.coefs_, found.intercepts_
         else:
-            found = LogisticRegression(C=.01, max_iter=500).fit(x, y)
-            A, b = found.coef_.T, found.intercept_
-            W2 = b2 = None
-        self._install(basis, found.classes_, A, b, W2, b2)
-        return HeadStart(len(y), float(found.score(x, y)))
+            found = LogisticRegression(C=.01, max_iter=500)
+            if several: found = OneVsRestClassifier(found)
+            found.fit(x, y)
+            A, b, W2, b2 = *_linear(found), None, None
+        self._install(basis, None if several else found.classes_, A, b, W2, b2)
+        return HeadStart(len(y), float((found.predict(x).reshape(y.shape) == y).mean()))
 
     def _install(self, basis, classes, A, b, W2, b2):
         "Put the fitted numbers into the head; a single logit of two classes becomes half for one and minus half for the other."
         head, to = self.model.head, lambda a: torch.as_tensor(a, dtype=basis.dtype, device=basis.device)
         def logits(weight, bias):                                        # [C',X], [C'] -> [C,X], [C]
+            if classes is None: return weight, bias
             if len(classes) == 2 and len(weight) == 1: weight, bias = torch.cat([-weight, weight])/2, torch.cat([-bias, bias])/2
             full_w, full_b = weight.new_zeros(head.fc2.out_features, weight.shape[1]), bias.new_zeros(head.fc2.out_features)
             full_w[classes], full_b[classes] = weight, bias
@@ -80,6 +84,14 @@ class HeadStartFitter:
             weight, bias = logits(to(W2).T, to(b2))
             head.fc2.weight.copy_(weight); head.fc2.bias.copy_(bias)
         else: head.fc2 = FactoredLinear(basis, *logits(to(A).T, to(b)))
+
+def _linear(found) -> tuple[np.ndarray, np.ndarray]:  # [D,C], [C]
+    "Coefficients and intercepts of a logistic regression, or of one for each class; a class with one answer alone has none."
+    if hasattr(found, 'coef_'): return found.coef_.T, found.intercept_
+    parts = [(e.coef_[0], e.intercept_[0]) if hasattr(e, 'coef_') else None for e in found.estimators_]
+    none = (np.zeros_like(next(p for p in parts if p)[0]), 0.)
+    weights, biases = zip(*(p or none for p in parts))
+    return np.stack(weights, 1), np.array(biases)
 
 @torch.no_grad()
 def start_head(

@@ -21,11 +21,13 @@ import pandas as pd
 import torch
 from datasets import DatasetDict
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import f1_score
 from transformers import AutoModel, DataCollatorWithPadding, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import automatic_max_length, data_record, hold_out, load_task, offline_backbone, tokenize_texts
+from .data import (automatic_max_length, class_names_of, data_record, has_several_labels, hold_out, load_task, offline_backbone,
+                              tokenize_texts)
 from .decode import Threshold
 from .dense import DenseClassifier, DenseTrainer, predict_dense
 from .grounding import FrozenReference, WordAssociations, measure_grounding
@@ -33,13 +35,12 @@ from .head_start import start_head, unfold_head
 from .model import LexicalSAEForSequenceClassification
 from .optimisation import automatic_batch_size, learning_rate_range_test
 from .results import atomic_write, paired_bootstrap, plain, read_results, write_results
-from .targets import right_answers
+from .targets import MULTILABEL, right_answers
 from .train import LexicalTrainer, LexicalTrainingArguments
 from .watch import ProgressLines
 
 # %% ../nbs/02ca_setup.ipynb #c3c960fc
-RECIPE = dict(num_train_epochs=2.5, warmup_steps=100, weight_decay=.01, lr_scheduler_type='linear', train_sampling_strategy='group_by_length',
-              logging_steps=20, bf16=True)
+RECIPE = dict(num_train_epochs=2.5, warmup_steps=100, weight_decay=.01, lr_scheduler_type='linear', train_sampling_strategy='group_by_length', bf16=True)
 DENSE = dict(learning_rate=1e-4, head_multiplier=10.)   # of the dense twin, whose head starts at random: at three times this rate it does not learn
 
 @dataclass
@@ -50,6 +51,7 @@ class TrainingConfig:
     target_accuracy: float|None = None                                 # sets tau; None: from the warm-up
     dataset_name: str = 'rotten_tomatoes'
     source: str = 'hub'                  # "hub", "pypi", or a file or folder
+    columns: dict = field(default_factory=dict)   # of `load_task`: text_column, label_column, label_threshold, config
     train_samples: int = -1              # -1: all
     test_samples: int = -1
     validation_share: float = 0.         # of the training texts, held out where the data have no validation split; 0: none
@@ -66,6 +68,7 @@ class TrainingConfig:
     evaluations: int = 10                # on the validation split, if there is one, after the warm-up; the model that is kept is chosen there
     training: dict = field(default_factory=dict)  # further fields of `LexicalTrainingArguments`
     model: dict = field(default_factory=dict)     # of `from_backbone`: pooling, gate, classifier_hidden, vocabulary, ...
+    dense: dict = field(default_factory=dict)     # of the dense twin: learning_rate, head_multiplier
 
     def __post_init__(self):
         known = {f.name for f in fields(LexicalTrainingArguments)}
@@ -73,7 +76,10 @@ class TrainingConfig:
         if own := sorted(set(self.training) & {f.name for f in fields(self)}):
             raise ValueError(f"'{own[0]}' is a field of its own: leave it out of training.")
         for name in ('label_names', 'num_labels', 'problem_type'):
-            if name in self.model: raise ValueError(f"'{name}' follows from the data, one class a text: for a yes or no of each use LexicalTrainer.")
+            if name in self.model: raise ValueError(f"'{name}' follows from the data: a list of columns as columns['label_column'] asks a yes or no of each.")
+        if wrong := sorted(set(self.columns) - {'text_column', 'label_column', 'label_threshold', 'config'}):
+            raise ValueError(f"columns has no '{wrong[0]}': give text_column, label_column, label_threshold or config.")
+        if wrong := sorted(set(self.dense) - set(DENSE)): raise ValueError(f"dense has no '{wrong[0]}': give learning_rate or head_multiplier.")
         if not 0 <= self.validation_share < 1: raise ValueError(f"validation_share must lie in [0, 1), got {self.validation_share}.")
 
 # %% ../nbs/02ca_setup.ipynb #b8c34bd5
@@ -93,7 +99,10 @@ class Setup:
     accumulation: int          # batches to a step
 
     @property
-    def names(self) -> list[str]: return self.data['train'].features['label'].names
+    def names(self) -> list[str]: return class_names_of(self.data['train'])
+
+    @property
+    def multilabel(self) -> bool: return has_several_labels(self.data['train'])
 
 def with_validation(data: DatasetDict, share: float) -> DatasetDict:
     "The data with a stratified part of the training texts as validation, where they have none."
@@ -103,11 +112,13 @@ def with_validation(data: DatasetDict, share: float) -> DatasetDict:
 
 def set_up(config: TrainingConfig) -> Setup:
     "Load the data and the backbone, find the start of the gates, length and batch size."
-    data = load_task(config.dataset_name, config.source, train_samples=config.train_samples, test_samples=config.test_samples, seed=config.seed)
+    data = load_task(config.dataset_name, config.source, train_samples=config.train_samples, test_samples=config.test_samples, seed=config.seed,
+                     **config.columns)
     data = with_validation(data, config.validation_share)
     backbone = str(offline_backbone()) if config.model_name == 'offline' else config.model_name
     set_seed(config.seed)
-    model = LexicalSAEForSequenceClassification.from_backbone(backbone, label_names=data['train'].features['label'].names, **config.model)
+    kind = dict(problem_type=MULTILABEL) if has_several_labels(data['train']) else {}
+    model = LexicalSAEForSequenceClassification.from_backbone(backbone, label_names=class_names_of(data['train']), **kind, **config.model)
     if config.model_name == 'offline': model.config.backbone_name = 'minilm-mlm'
     threshold = model.start_threshold(data['train']['text'][:256])
     length = config.max_length or automatic_max_length(data, model.tokenizer, model.config.max_positions)
@@ -135,8 +146,10 @@ class Trained:
 def common_arguments(setup: Setup) -> dict:
     "What both trainers, ours and the dense twin's, are given."
     config, plain = setup.config, {f.name for f in fields(TrainingArguments)}
+    asked = RECIPE | dict(gradient_accumulation_steps=setup.accumulation) | config.training
+    steps = asked['num_train_epochs']*len(setup.tokens['train'])/setup.batch_size/asked['gradient_accumulation_steps']
     return RECIPE | dict(per_device_train_batch_size=setup.batch_size, gradient_accumulation_steps=setup.accumulation,
-        learning_rate=config.learning_rate or 1e-4,
+        learning_rate=config.learning_rate or 1e-4, logging_steps=max(1, min(20, int(.1*steps))),
         save_strategy='no', report_to='none', disable_tqdm=True, seed=config.seed, use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False) | {
         k: v for k, v in config.training.items() if k in plain}
@@ -146,29 +159,37 @@ def arguments_for(setup: Setup) -> LexicalTrainingArguments:
     config, kept = setup.config, {}
     if 'validation' in setup.tokens and config.evaluations:
         often = dict(eval_steps=1/config.evaluations, save_steps=1/config.evaluations)
-        kept = dict(**often, eval_strategy='steps', save_strategy='steps', save_total_limit=1, load_best_model_at_end=True,
-                     per_device_eval_batch_size=setup.batch_size)
-    ours = dict(head_multiplier=2. if config.head_start else 10., gate_learning_rate=2e-3, anchor_weight=2.)   # a fitted head needs no haste
+        kept = dict(**often, eval_strategy='steps', save_strategy='steps', save_total_limit=1, load_best_model_at_end=True)
+    ours = dict(head_multiplier=2. if config.head_start else 10., gate_learning_rate=2e-3, anchor_weight=2.,   # a fitted head needs no haste
+                per_device_eval_batch_size=2*setup.batch_size)
     return LexicalTrainingArguments(str(Path(config.output_dir)/'checkpoints'), **(common_arguments(setup) | ours | kept | config.training | dict(
         active_target=config.active_target, anchor_margin=config.anchor_margin, target_accuracy=config.target_accuracy)))
 
-def _batches(setup, limit=None):
-    "Padded training batches of texts alike in length."
-    rows = setup.tokens['train'].select(np.argsort(setup.tokens['train']['length'], kind='stable'))
+def _learned_and_watched(setup):
+    "Texts to learn from, and held-out ones on which the open words are watched: the validation split, or a few of the training texts."
+    learned, watched = setup.tokens['train'], setup.tokens.get('validation')
+    n = min(setup.config.validation_samples, len(learned)//10)
+    if watched is not None or not n: return learned, watched
+    order = np.random.default_rng(setup.config.seed).permutation(len(learned))
+    return learned.select(np.sort(order[n:])), learned.select(order[:n])
+
+def _batches(setup, rows, limit=None):
+    "Padded batches of texts alike in length."
+    rows = rows.select(np.argsort(rows['length'], kind='stable'))
     starts = range(0, len(rows), setup.batch_size)
     if limit: starts = np.random.default_rng(setup.config.seed).permutation(starts)[:limit].tolist()
     return [setup.collator([rows[j] for j in range(i, min(i + setup.batch_size, len(rows)))]) for i in starts]
 
-def _prepare(setup, args):
+def _prepare(setup, args, learned):
     "Learning rate from a range test, and a head start, where the config wants them."
     config = setup.config
     if config.learning_rate is None:
         keep = ('input_ids', 'attention_mask', 'labels')
-        test = learning_rate_range_test(setup.model, [{k: b[k] for k in keep} for b in _batches(setup, 100)], head_multiplier=args.head_multiplier)
+        test = learning_rate_range_test(setup.model, [{k: b[k] for k in keep} for b in _batches(setup, learned, 100)], head_multiplier=args.head_multiplier)
         args.learning_rate = test.suggestion
         print(f'learning rate {test.suggestion:.1e} from a range test', flush=True)
     if config.head_start:
-        with torch.autocast('cpu', torch.bfloat16, enabled=args.bf16): begun = start_head(setup.model, _batches(setup), config.seed)
+        with torch.autocast('cpu', torch.bfloat16, enabled=args.bf16): begun = start_head(setup.model, _batches(setup, learned), config.seed)
         print(f'head start: {begun.accuracy:.3f} of {begun.texts} training texts right without a training step', flush=True)
 
 def timed(trainer, checkpoint: str|None = None, every: int = 60) -> float:  # seconds per step
@@ -182,26 +203,25 @@ def _twin_key(setup):
     "What a kept twin depends on."
     config = setup.config
     asked = {k: v for k, v in common_arguments(setup).items() if k in RECIPE or k in ('per_device_train_batch_size', 'gradient_accumulation_steps', 'seed', 'max_steps')}
-    return plain(asked | dict(data=data_record(config.dataset_name, setup.data)['fingerprint'], backbone=config.model_name, length=setup.max_length, **{
-        k: v for k, v in DENSE.items() if k != 'learning_rate'}, rate=DENSE['learning_rate']))
+    return plain(asked | DENSE | config.dense | dict(data=data_record(config.dataset_name, setup.data)['fingerprint'], backbone=config.model_name, length=setup.max_length))
 
 def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # on the CPU; seconds per step
     "The dense twin, trained on the same texts for as many epochs, or read from the folder that keeps it."
     config = setup.config
-    kept, key = Path(config.twin) if config.twin else None, _twin_key(setup)
+    kept, key, own = Path(config.twin) if config.twin else None, _twin_key(setup), DENSE | config.dense
     set_seed(config.seed)
     twin = DenseClassifier(AutoModel.from_pretrained(setup.backbone, dtype=torch.float32, use_safetensors=True), len(setup.names),
-                           label_smoothing=config.training.get('label_smoothing', LexicalTrainingArguments.label_smoothing))
+                           label_smoothing=config.training.get('label_smoothing', LexicalTrainingArguments.label_smoothing), multilabel=setup.multilabel)
     if kept and (kept/'twin.json').exists():
         found = json.loads((kept/'twin.json').read_text())
         if changed := sorted(k for k, v in key.items() if found['key'].get(k) != v):
             raise ValueError(f"{kept} keeps a dense twin of another {changed[0]}: choose another folder, or remove it.")
         twin.load_state_dict(load_file(kept/'twin.safetensors'))
         return twin.eval(), found['step_seconds']
-    arguments = common_arguments(setup) | dict(learning_rate=DENSE['learning_rate'], eval_strategy='no', eval_on_start=False,
+    arguments = common_arguments(setup) | dict(learning_rate=own['learning_rate'], eval_strategy='no', eval_on_start=False,
         save_strategy='no', load_best_model_at_end=False)                # it is trained to the end: evaluations and checkpoints are the model's
     trainer = DenseTrainer(twin, TrainingArguments(str(Path(config.output_dir)/'dense'), **arguments), train_dataset=setup.tokens['train'],
-                           data_collator=setup.collator, head_multiplier=DENSE['head_multiplier'])
+                           data_collator=setup.collator, head_multiplier=own['head_multiplier'])
     print('dense twin', flush=True)
     seconds = timed(trainer)
     shutil.rmtree(Path(config.output_dir)/'dense', ignore_errors=True)   # it holds no checkpoint
@@ -212,17 +232,16 @@ def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # on the CPU; sec
         atomic_write(kept/'twin.json', json.dumps(dict(key=key, step_seconds=seconds)))   # last: a twin without it is not read
     return twin, seconds
 
-def train_model(setup: Setup) -> Trained:
+def train_model(
+    setup: Setup,
+    twin: DenseClassifier|None = None,   # to learn from, where the config wants a teacher; None: trained, or read, here
+) -> Trained:
     "Train the model of a setup and save it; goes on from the last checkpoint in the output folder."
     set_seed(setup.config.seed)
-    args = arguments_for(setup)
-    _prepare(setup, args)
-    teacher = predict_dense(fit_dense(setup)[0], setup.tokens['train'], setup.collator) if setup.config.distil else None
+    args, (learned, watched) = arguments_for(setup), _learned_and_watched(setup)
+    _prepare(setup, args, learned)
+    teacher = predict_dense(twin or fit_dense(setup)[0], setup.tokens['train'], setup.collator) if setup.config.distil else None
     set_seed(setup.config.seed)
-    learned, watched = setup.tokens['train'], setup.tokens.get('validation')
-    if watched is None and (n := min(setup.config.validation_samples, len(learned)//10)):
-        order = np.random.default_rng(setup.config.seed).permutation(len(learned))
-        learned, watched = learned.select(sorted(order[n:])), learned.select(sorted(order[:n]))
     trainer = LexicalTrainer(setup.model, args, setup.reference, teacher, train_dataset=learned, eval_dataset=watched, data_collator=setup.collator)
     seconds = timed(trainer, get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None)
     model = setup.model.eval().cpu()
@@ -249,13 +268,27 @@ def measure_trained(
     positive_class: str|None = None,   # sentiment: the class that a positive lexicon entry speaks for
 ) -> tuple[dict, list]:                # metrics; for each test text whether it was right
     "Accuracy, sparsity, exactness and grounding on the test texts."
-    setup, model, test = trained.setup, trained.model, trained.setup.data['test']
-    associations = WordAssociations.fit(setup.data['train']['text'][:], setup.data['train']['label'][:], len(setup.names))
+    setup, model, train = trained.setup, trained.model, trained.setup.data['train']
+    associations = None if setup.multilabel else WordAssociations.fit(train['text'][:], train['label'][:], len(setup.names))
     positive = setup.names.index(positive_class) if positive_class in setup.names else None
-    found = measure_grounding(model, test['text'][:], test['label'][:], setup.reference.cpu(), associations, positive, max_length=setup.max_length)
-    logits = predict_dense(_LogitsOnly(model), setup.tokens['test'], setup.collator)
-    right = right_answers(logits, torch.tensor(test['label'][:]))
-    return found.to_dict() | dict(step_seconds=trained.step_seconds), right.int().tolist()
+    found = measure_grounding(model, setup.data['test']['text'][:], setup.tokens['test']['labels'][:], setup.reference.cpu(), associations, positive,
+                              max_length=setup.max_length)
+    metrics, right = _judge(setup, _LogitsOnly(model))
+    return found.to_dict() | metrics | dict(step_seconds=trained.step_seconds), right
+
+def _judge(setup, judged) -> tuple[dict, list]:
+    "Accuracy on the test texts (of yes and no: of all answers, and F1), and for each text the share of right answers."
+    logits, test = predict_dense(judged, setup.tokens['test'], setup.collator), setup.tokens['test']
+    right = _answers(logits, test, setup.multilabel)
+    metrics = dict(accuracy=float(np.mean(right)))
+    for kind in ('micro', 'macro') if setup.multilabel else ():
+        metrics[f'f1_{kind}'] = float(f1_score(np.array(test['labels'][:]) > .5, (logits > 0).numpy(), average=kind, zero_division=0))
+    return metrics, right
+
+def _answers(logits, tokens, multilabel) -> list:
+    "For each text 1 or 0, or the share of its yes and no that are right."
+    right = right_answers(logits, torch.tensor(tokens['labels'][:]), multilabel)
+    return right.tolist() if multilabel else right.int().tolist()
 
 def measure_elsewhere(
     predict,                # (tokenised texts) -> [n,C] logits
@@ -268,10 +301,10 @@ def measure_elsewhere(
     found = {}
     for name, source in sources.items():
         data = load_task(name, source, test_samples=samples)
-        classes = data['test'].features['label'].names
-        if len(classes) != len(setup.names): raise ValueError(f"{name} has {len(classes)} classes, the model {len(setup.names)}: choose a task with the same classes.")
+        classes = class_names_of(data['test'])
+        if len(classes) != len(setup.names) or has_several_labels(data['test']) != setup.multilabel: raise ValueError(f"{name} has {len(classes)} classes, the model {len(setup.names)}: choose a task with the same classes.")
         tokens = tokenize_texts(DatasetDict(test=data['test']), setup.model.tokenizer, max_length)['test']
-        found[name] = right_answers(predict(tokens), torch.tensor(data['test']['label'][:])).int().tolist()
+        found[name] = _answers(predict(tokens), tokens, setup.multilabel)
     return found
 
 class _LogitsOnly:
@@ -283,8 +316,8 @@ class _LogitsOnly:
 def train_dense(setup: Setup) -> tuple[dict, list, DenseClassifier]:  # metrics; for each test text whether it was right; the twin
     "The dense twin on the same data, budget and seed."
     twin, seconds = fit_dense(setup)
-    right = right_answers(predict_dense(twin, setup.tokens['test'], setup.collator), torch.tensor(setup.data['test']['label'][:]))
-    return dict(accuracy=right.mean().item(), step_seconds=seconds), right.int().tolist(), twin
+    metrics, right = _judge(setup, twin)
+    return metrics | dict(step_seconds=seconds), right, twin
 
 def run_arm(
     config: TrainingConfig,            # its output_dir is the arm's folder

@@ -230,6 +230,37 @@ def _encode_tags(splits: dict[str, Dataset], column: str, task: Task) -> tuple[d
     number = {tag: i for i, tag in enumerate(order)}
     return {split: [[number[tag] for tag in sentence] for sentence in found] for split, found in tags.items()}, order
 
+# %% ../nbs/01f_tasks.ipynb #fe613074
+def _says_yes(rows: Dataset, column: str, threshold: float|None, where: str) -> tuple[list, str]:
+    "Of a column of yes and no: who says yes (None: missing), and the name of the class."
+    names, order = class_names(rows[column][:], rows.features[column], (), threshold, where)
+    if order: no, yes = order if len(order) == 2 else ('', '')
+    else: no, yes = next((p for p in (('0', '1'), ('no', 'yes'), ('false', 'true')) if {n.casefold() for n in names if n} <= set(p)), ('', ''))
+    if not yes: raise ValueError(f"{where} is no yes or no: give a column of 0 and 1, of two named classes, or label_threshold for scores")
+    named = isinstance(rows.features[column], ClassLabel) and not yes.isdigit() and yes.casefold() not in ('yes', 'true')
+    return [None if n is None else n.casefold() == yes.casefold() for n in names], yes if named else column
+
+def _encode_columns(splits: dict[str, Dataset], columns: tuple, threshold: float|None) -> tuple[dict, tuple]:
+    "Numbers of the classes that hold in each row (None: one is missing), from a column of yes and no for each."
+    numbers, names = {}, {}
+    for split, rows in splits.items():
+        said, names[split] = zip(*(_says_yes(rows, c, threshold, f'column {c!r} of the {split} split') for c in columns))
+        numbers[split] = [None if None in row else [i for i, yes in enumerate(row) if yes] for row in zip(*said)]
+    return numbers, names['train']
+
+def _encode_lists(splits: dict[str, Dataset], column: str, task: Task) -> tuple[dict, tuple]:
+    "Numbers of the classes that a row lists, and their names."
+    listed_names = {split: [None if row is None else [x for x in row if x is not None] for row in rows[column]] for split, rows in splits.items()}
+    one = splits['train'].features[column].feature
+    if not isinstance(one, ClassLabel) and any(not isinstance(x, str) for rows in listed_names.values() for row in rows for x in row or ()):
+        raise ValueError(f"column {column!r} lists numbers without names: list the names of the classes that hold, "
+                         "or give label_column a yes-or-no column for each class")
+    flat = {split: Dataset.from_dict({column: [x for row in rows for x in row or ()]}, features=Features({column: splits[split].features[column].feature}))
+            for split, rows in listed_names.items()}
+    found, order = _encode_classes(flat, column, task, None)
+    each = {split: iter(numbers) for split, numbers in found.items()}
+    return {split: [None if row is None else sorted({next(each[split]) for _ in row}) for row in rows] for split, rows in listed_names.items()}, order
+
 # %% ../nbs/01f_tasks.ipynb #c22b7f7d
 _TEXT_COLUMNS = ('text', 'sentence', 'content', 'review', 'comment_text')
 _LABEL_COLUMNS = ('label', 'labels', 'class')
@@ -272,18 +303,24 @@ def two_columns(
     splits: dict[str, Dataset],        # rows as they come; there must be a 'train'
     task: Task,                        # what is known about them
     text_column: str|None = None,      # None: the task's, else the first usual name
-    label_column: str|None = None,     # None: the same
+    label_column: str|Iterable[str]|None = None,  # None: the same; several: a yes or no of each class
     threshold: float|None = None,      # from which value on a score counts as the second class
     keep_columns: tuple[str, ...] = (),  # to carry along
-) -> DatasetDict:                      # text+label or tokens+tags with named classes; ValueError with one sentence
+) -> DatasetDict:                      # text+label (or a list of labels) or tokens+tags with named classes; ValueError with one sentence
     "Bring rows to one shape; those without text or label are dropped with a warning that counts them."
     first = splits['train']
     tagging = _is_tagging(first, task, text_column)
     text = _pick(first, text_column, (task.columns[0], *(_TOKEN_COLUMNS if tagging else _TEXT_COLUMNS)), 'text')
-    label = _pick(first, label_column, (task.columns[1], *(_TAG_COLUMNS if tagging else _LABEL_COLUMNS)), 'label')
+    questions = () if label_column is None or isinstance(label_column, str) else tuple(label_column)
+    if tagging and questions: raise ValueError("tags stand in one column: give its name alone as label_column")
+    label = questions or _pick(first, label_column, (task.columns[1], *(_TAG_COLUMNS if tagging else _LABEL_COLUMNS)), 'label')
     for rows in splits.values():
-        for column in (text, label, *keep_columns): _pick(rows, column, (), 'text')
-    numbers, names = _encode_tags(splits, label, task) if tagging else _encode_classes(splits, label, task, threshold)
+        for column in (text, *(questions or [label]), *keep_columns): _pick(rows, column, (), 'text')
+    several = bool(questions) or not tagging and isinstance(first.features[label], (List, LargeList))
+    if tagging: numbers, names = _encode_tags(splits, label, task)
+    elif questions: numbers, names = _encode_columns(splits, questions, threshold)
+    elif several: numbers, names = _encode_lists(splits, label, task)
+    else: numbers, names = _encode_classes(splits, label, task, threshold)
     one, result, dropped = ClassLabel(names=list(names)), DatasetDict(), {}
     for split, rows in splits.items():
         texts = _texts(rows, text, task)
@@ -293,7 +330,7 @@ def two_columns(
         values, classes = [texts[i] for i in good], [numbers[split][i] for i in good]
         columns = {'tokens': values, 'tags': classes} if tagging else {'text': values, 'label': classes}
         word = Value('string')
-        types = {'tokens': List(word), 'tags': List(one)} if tagging else {'text': word, 'label': one}
+        types = {'tokens': List(word), 'tags': List(one)} if tagging else {'text': word, 'label': List(one) if several else one}
         kept = rows.select(good)
         columns |= {column: kept[column][:] for column in keep_columns}
         types |= {column: rows.features[column] for column in keep_columns}
@@ -301,7 +338,7 @@ def two_columns(
     _report(result, dropped, text, label)
     return result
 
-def _report(result: DatasetDict, dropped: dict[str, int], text: str, label: str):
+def _report(result: DatasetDict, dropped: dict[str, int], text: str, label: str|tuple):
     "Say what was dropped; a training split of which nothing is left is an error."
     if 'train' not in result:
         raise ValueError(f"no training row has both a text and a label (columns {text!r} and {label!r})")

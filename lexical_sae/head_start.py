@@ -48,8 +48,8 @@ class HeadStartFitter:
     def fit(self, seed: int = 0) -> HeadStart:
         "Fit, and replace the matrix over words by its factors."
         if not self.labels: raise ValueError("No text was seen: call update() with at least one batch before fit().")
-        y, several = torch.cat(self.labels).cpu().numpy(), is_multilabel(self.model.config)
-        if several: y = (y.reshape(len(y), -1) > .5).astype(int)
+        y, asked = torch.cat(self.labels).cpu().numpy(), is_multilabel(self.model.config)
+        if asked: y = (y.reshape(len(y), -1) > .5).astype(int).squeeze(1 if self.model.config.num_labels == 1 else ())
         count = np.unique(y, axis=0, return_counts=True)[1]
         if len(count) < 2: raise ValueError("All texts have the same label: nothing to learn.")
         centre = self.total @ self.basis/self.total.sum()
@@ -58,17 +58,15 @@ class HeadStartFitter:
         basis, x = (self.basis - centre)/scale, (x/scale).cpu().numpy()
         hidden = self.model.head.hidden
         if hidden:
-            held_out = several or min(count) > 1 and -(-len(y)//10) >= len(count)      # a tenth has room for each class
-            found = MLPClassifier((hidden,), batch_size=min(32, len(y)), early_stopping=held_out, n_iter_no_change=5, random_state=seed)
-            found.fit(x, y.squeeze(-1) if y.shape[1:] == (1,) else y)
+            held_out = y.ndim > 1 or min(count) > 1 and -(-len(y)//10) >= len(count)   # a tenth has room for each class
+            found = MLPClassifier((hidden,), batch_size=min(32, len(y)), early_stopping=held_out, n_iter_no_change=5, random_state=seed).fit(x, y)
             (A, W2), (b, b2) = found.coefs_, found.intercepts_
         else:
             found = LogisticRegression(C=.01, max_iter=500)
-            if several: found = OneVsRestClassifier(found)
-            found.fit(x, y)
-            A, b, W2, b2 = *_linear(found), None, None
-        self._install(basis, None if several else found.classes_, A, b, W2, b2)
-        return HeadStart(len(y), float((found.predict(x).reshape(y.shape) == y).mean()))
+            if y.ndim > 1: found = OneVsRestClassifier(found)
+            A, b, W2, b2 = *_linear(found.fit(x, y)), None, None
+        self._install(basis, None if asked else found.classes_, A, b, W2, b2)
+        return HeadStart(len(y), float((found.predict(x) == y).mean()))
 
     def _install(self, basis, classes, A, b, W2, b2):
         "Put the fitted numbers into the head; a single logit of two classes becomes half for one and minus half for the other."

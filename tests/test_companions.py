@@ -303,7 +303,7 @@ def test_backbones_follow_the_classification_recipe():
     ours, theirs = defaults_of('backbones'), defaults_of('classification')
     shared = ours.keys() & theirs.keys()
     assert len(shared) > 15 and {k: ours[k] for k in shared} == {k: theirs[k] for k in shared}
-    named = {f.name for f in fields(TrainingConfig)} & ours.keys() - {'training'}
+    named = {f.name for f in fields(TrainingConfig)} & ours.keys() - {'training', 'dense'}      # there a yes or no, here the twin's rates
     training = {f.name for f in fields(LexicalTrainingArguments)} & ours.keys() - named
     config = TrainingConfig(**{k: ours[k] for k in named}, training={k: ours[k] for k in training})
     args = arguments_for(SimpleNamespace(config=config, tokens={'train': range(10_000)}, batch_size=config.batch_size, accumulation=1))

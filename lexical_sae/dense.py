@@ -7,7 +7,6 @@ __all__ = ['DenseClassifier', 'DenseTrainer', 'predict_dense']
 
 # %% ../nbs/02d_dense.ipynb #b75f1a8e
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import ModelOutput

@@ -146,13 +146,13 @@ class Trained:
 def common_arguments(setup: Setup) -> dict:
     "What both trainers, ours and the dense twin's, are given."
     config, plain = setup.config, {f.name for f in fields(TrainingArguments)}
-    asked = RECIPE | dict(gradient_accumulation_steps=setup.accumulation) | config.training
-    steps = asked['num_train_epochs']*len(setup.tokens['train'])/setup.batch_size/asked['gradient_accumulation_steps']
-    return RECIPE | dict(per_device_train_batch_size=setup.batch_size, gradient_accumulation_steps=setup.accumulation,
-        learning_rate=config.learning_rate or 1e-4, logging_steps=max(1, min(20, int(.1*steps))),
+    given = RECIPE | dict(per_device_train_batch_size=setup.batch_size, gradient_accumulation_steps=setup.accumulation,
+        learning_rate=config.learning_rate or 1e-4,
         save_strategy='no', report_to='none', disable_tqdm=True, seed=config.seed, use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False) | {
         k: v for k, v in config.training.items() if k in plain}
+    steps = given['num_train_epochs']*len(setup.tokens['train'])/setup.batch_size/given['gradient_accumulation_steps']
+    return dict(logging_steps=max(1, min(20, int(.1*steps)))) | given
 
 def arguments_for(setup: Setup) -> LexicalTrainingArguments:
     "The arguments of the run that the config describes."
@@ -302,7 +302,8 @@ def measure_elsewhere(
     for name, source in sources.items():
         data = load_task(name, source, test_samples=samples)
         classes = class_names_of(data['test'])
-        if len(classes) != len(setup.names) or has_several_labels(data['test']) != setup.multilabel: raise ValueError(f"{name} has {len(classes)} classes, the model {len(setup.names)}: choose a task with the same classes.")
+        if len(classes) != len(setup.names): raise ValueError(f"{name} has {len(classes)} classes, the model {len(setup.names)}: choose a task with the same classes.")
+        if has_several_labels(data['test']) != setup.multilabel: raise ValueError(f"{name} and the model differ in whether classes overlap: choose a task with the same classes.")
         tokens = tokenize_texts(DatasetDict(test=data['test']), setup.model.tokenizer, max_length)['test']
         found[name] = _answers(predict(tokens), tokens, setup.multilabel)
     return found

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['band_weight', 'sparsity_loss', 'l1_loss', 'flops_loss', 'strongest_answers', 'answer_change', 'completeness_loss',
            'AttributionCentroidTracker', 'separation_loss', 'LearnedMargin', 'centroid_cosine', 'open_words',
-           'anchor_loss', 'evidence_loss', 'strongest_rival', 'distillation_loss', 'masked_language_loss',
-           'FeatureFrequencyTracker', 'revival_loss']
+           'anchor_loss', 'evidence_loss', 'disagreement_loss', 'strongest_rival', 'distillation_loss',
+           'masked_language_loss', 'FeatureFrequencyTracker', 'revival_loss']
 
 # %% ../nbs/02a_objectives.ipynb #616958ba
 import math
@@ -185,6 +185,14 @@ def evidence_loss(
     size = attribution.abs()
     total = size.sum(-1) + torch.as_tensor(bias).abs()
     return F.relu(share - (size*own).sum(-1)/total.clamp(min=1e-9)).mean()
+
+def disagreement_loss(
+    attribution: Tensor,  # [B,V] parts of the difference between the label's logit and its rival's
+    direction: Tensor,    # [B,V] how much more the word's own occurrences point to the label than to its rival; 0: unknown
+    share: float = .95,   # wanted on words that agree, of those that are known
+) -> Tensor:              # []
+    "Mean shortfall of the contributions on words that speak for the class in whose texts they occur."
+    return evidence_loss(attribution*(direction != 0), attribution.sign() == direction.sign(), share)
 
 def strongest_rival(logits: Tensor, labels: Tensor) -> Tensor:           # [B,C], [B] -> [B]
     "The best class that is not the label."

@@ -14,6 +14,7 @@ import shutil
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,12 @@ class Setup:
 
     @property
     def multilabel(self) -> bool: return has_several_labels(self.data['train'])
+
+    @cached_property
+    def associations(self) -> WordAssociations|None:
+        "Which class the training texts' words point to; None where classes overlap."
+        train = self.data['train']
+        return None if self.multilabel else WordAssociations.fit(train['text'][:], train['label'][:], len(self.names))
 
 def with_validation(data: DatasetDict, share: float) -> DatasetDict:
     "The data with a stratified part of the training texts as validation, where they have none."
@@ -232,6 +239,17 @@ def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # on the CPU; sec
         atomic_write(kept/'twin.json', json.dumps(dict(key=key, step_seconds=seconds)))   # last: a twin without it is not read
     return twin, seconds
 
+def _checkpoint_to_resume(setup, folder, first) -> str|None:
+    "The last checkpoint of a run that was killed; ValueError if it is another config's. The `first` process notes whose they are."
+    left_out = ('output_dir', 'source', 'twin', 'dense')
+    key = plain({k: v for k, v in asdict(setup.config).items() if k not in left_out} | dict(data=data_record(setup.config.dataset_name, setup.data)['fingerprint']))
+    folder, note = Path(folder), Path(folder)/'config.json'
+    found = get_last_checkpoint(folder) if folder.is_dir() else None
+    if found and note.exists() and (changed := sorted(k for k, v in json.loads(note.read_text()).items() if key.get(k) != v)):
+        raise ValueError(f"{folder} holds checkpoints of a run with another {changed[0]}: choose another output_dir, or remove them.")
+    if first: folder.mkdir(parents=True, exist_ok=True); atomic_write(note, json.dumps(key))
+    return found
+
 def train_model(
     setup: Setup,
     twin: DenseClassifier|None = None,   # to learn from, where the config wants a teacher; None: trained, or read, here
@@ -239,11 +257,12 @@ def train_model(
     "Train the model of a setup and save it; goes on from the last checkpoint in the output folder."
     set_seed(setup.config.seed)
     args, (learned, watched) = arguments_for(setup), _learned_and_watched(setup)
+    checkpoint = _checkpoint_to_resume(setup, args.output_dir, args.process_index == 0)
     _prepare(setup, args, learned)
     teacher = predict_dense(twin or fit_dense(setup)[0], setup.tokens['train'], setup.collator) if setup.config.distil else None
     set_seed(setup.config.seed)
-    trainer = LexicalTrainer(setup.model, args, setup.reference, teacher, train_dataset=learned, eval_dataset=watched, data_collator=setup.collator)
-    seconds = timed(trainer, get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None)
+    trainer = LexicalTrainer(setup.model, args, setup.reference, teacher, setup.associations, train_dataset=learned, eval_dataset=watched, data_collator=setup.collator)
+    seconds = timed(trainer, checkpoint)
     model = setup.model.eval().cpu()
     unfold_head(model)
     folder = Path(setup.config.output_dir)/'model'
@@ -268,10 +287,9 @@ def measure_trained(
     positive_class: str|None = None,   # sentiment: the class that a positive lexicon entry speaks for
 ) -> tuple[dict, list]:                # metrics; for each test text whether it was right
     "Accuracy, sparsity, exactness and grounding on the test texts."
-    setup, model, train = trained.setup, trained.model, trained.setup.data['train']
-    associations = None if setup.multilabel else WordAssociations.fit(train['text'][:], train['label'][:], len(setup.names))
+    setup, model = trained.setup, trained.model
     positive = setup.names.index(positive_class) if positive_class in setup.names else None
-    found = measure_grounding(model, setup.data['test']['text'][:], setup.tokens['test']['labels'][:], setup.reference.cpu(), associations, positive,
+    found = measure_grounding(model, setup.data['test']['text'][:], setup.tokens['test']['labels'][:], setup.reference.cpu(), setup.associations, positive,
                               max_length=setup.max_length)
     metrics, right = _judge(setup, _LogitsOnly(model))
     return found.to_dict() | metrics | dict(step_seconds=trained.step_seconds), right

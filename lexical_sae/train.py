@@ -17,11 +17,11 @@ from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArgum
 from .backbone import eager_attention
 from .checkpoints import CheckpointingTrainer
 from .geco import GECOController, tau_from_accuracy
-from .grounding import FrozenReference
+from .grounding import FrozenReference, WordAssociations
 from .level import LevelController, set_dropout
 from .model import LexicalSAEForSequenceClassification
 from .objectives import (AttributionCentroidTracker, FeatureFrequencyTracker, LearnedMargin, anchor_loss, band_weight,
-                                    centroid_cosine, completeness_loss, distillation_loss, evidence_loss, flops_loss, l1_loss, masked_language_loss, open_words, revival_loss,
+                                    centroid_cosine, completeness_loss, disagreement_loss, distillation_loss, evidence_loss, flops_loss, l1_loss, masked_language_loss, open_words, revival_loss,
                                     separation_loss, sparsity_loss, strongest_answers, strongest_rival)
 from .optimisation import build_optimizer, centralize_gradients, evaluation_mode, parameter_groups
 from .targets import class_weights, is_multilabel
@@ -43,6 +43,7 @@ class LexicalTrainingArguments(TrainingArguments):
     evidence_weight: float = field(default=.5, metadata={'help': "weight of the evidence loss; 0: contributions may lie where they like"})
     evidence_share: float = field(default=.42, metadata={'help': "share of the contributions wanted on the text's own words; 0: none"})
     reference_share: float = field(default=.97, metadata={'help': 'share wanted on words that the frozen reference says at that position; 0: none'})
+    association_share: float = field(default=.95, metadata={'help': 'share wanted on words that speak for the class in whose training texts they occur; 0: none'})
     completeness_weight: float = field(default=.1, metadata={'help': 'weight of the circuit completeness loss'})
     completeness_against: str = field(default='kl', metadata={'help': '"kl" or "ce"'})
     separation_weight: float = field(default=0., metadata={'help': 'weight of the separation of class circuits'})
@@ -98,6 +99,7 @@ class LexicalTrainer(CheckpointingTrainer):
         args: LexicalTrainingArguments,
         reference: FrozenReference|None = None,  # default: a copy of the model as it is now
         teacher: Tensor|None = None,             # [n,C] logits of the dense twin, by `example_id`
+        associations: WordAssociations|None = None,  # of the training texts; None: no word is asked to agree with its own occurrences
         **kwargs,                                # of `transformers.Trainer`
     ):
         if kwargs.get('data_collator') is None and model.tokenizer is not None: kwargs['data_collator'] = DataCollatorWithPadding(model.tokenizer)
@@ -120,6 +122,7 @@ class LexicalTrainer(CheckpointingTrainer):
         self.margin, self.frequencies = LearnedMargin(), FeatureFrequencyTracker(model.num_dims).to(args.device)
         self.level = LevelController(args.active_target, args.active_hold, args.active_until, args.level_rate) if args.level_rate else None
         self.teacher = None if teacher is None else teacher.to(args.device)
+        self.direction = associations.of_dimensions(model).T.to(args.device) if associations and args.evidence_weight and args.association_share else None   # [C,V]
         if args.backbone_dropout is not None: set_dropout(model.backbone, args.backbone_dropout)
         self.terms, self.step_terms, self._fitter, self.choice = {}, [], None, None
         self.add_callback(_DualStep(self)); self.add_callback(ConstrainedStopping(self, args.patience))
@@ -163,9 +166,9 @@ class LexicalTrainer(CheckpointingTrainer):
         if self.teacher is not None: terms['distillation'] = self._distil(state.logits, self.teacher[example_id])
         evidence = args.evidence_weight and not self.multilabel
         heard = self.reference is not None and (args.anchor_weight or evidence and args.reference_share)
-        h0 = self.reference(inputs['input_ids'], inputs['attention_mask'], example_id) if heard else None         # read once for both
-        if heard and args.anchor_weight: terms['anchor'] = self._anchor(state, inputs, h0)
-        if evidence: terms['evidence'] = self._evidence(state, inputs, h0)
+        opened = self._hear(state, inputs, example_id) if heard else None
+        if heard and args.anchor_weight: terms['anchor'] = self._anchor(opened, inputs)
+        if evidence: terms['evidence'] = self._evidence(state, inputs, opened)
         if args.mlm_weight: terms['mlm'] = masked_language_loss(self._net, inputs['input_ids'], inputs['attention_mask'])
         self._count_open(state)
         if self.warming_up: return terms
@@ -228,24 +231,32 @@ class LexicalTrainer(CheckpointingTrainer):
     def _band(self):
         return self.args.band_weight*band_weight(self.active_ema or 0., self.args.active_target)
 
-    def _anchor(self, state, inputs, h0):
+    def _hear(self, state, inputs, example_id=None):
+        "The open words of each text, and what the reference says of them at every position: `open_words`, and z0 [B,K,L]."
         ids, z, mask = open_words(state)
-        keep = self._net.keep_mask(inputs['input_ids'], inputs['attention_mask'])
-        z0 = self.reference.reference.logits_at(h0, keep, ids)
-        return anchor_loss(z, z0, mask, self.args.anchor_margin*self._net.activation.spread)
+        h0 = self.reference(inputs['input_ids'], inputs['attention_mask'], example_id)
+        return ids, z, mask, self.reference.reference.logits_of(h0, ids)
 
-    def _evidence(self, state, inputs, h0):
-        "On the text's own words, and on those that the reference says at the position itself."
+    def _anchor(self, opened, inputs):
+        "Excess of a word over the loudest that the reference says it anywhere in the text."
+        _, z, mask, z0 = opened
+        keep = self._net.keep_mask(inputs['input_ids'], inputs['attention_mask'])
+        loudest = z0.masked_fill(~keep[:, None], -torch.inf).amax(-1)                                             # [B,K]
+        return anchor_loss(z, loudest, mask, self.args.anchor_margin*self._net.activation.spread)
+
+    def _evidence(self, state, inputs, opened=None):
+        "On the text's own words, on those that the reference says at the position itself, and on those that point to the class they speak for."
         args, none = self.args, torch.zeros_like(state.sparse_vector, dtype=torch.bool)
         label, rival = inputs['labels'], strongest_rival(state.logits, inputs['labels'])
         part = state.attribution(label, rival)
         always = self._sum(state.b_eff.detach().mean(0))/self.accelerator.num_processes     # what the bias says of every text: no evidence, and none missing
         bias = (state.b_eff - always).gather(1, torch.stack([label, rival], 1))
         loss = evidence_loss(part, none.scatter(1, inputs['input_ids'], True), args.evidence_share, bias[:, 0] - bias[:, 1])
-        if h0 is None or not args.reference_share: return loss
-        ids, _, _ = open_words(state)
-        z0 = self.reference.reference.logits_at(h0, None, ids, state.position.gather(1, ids))
-        return loss + evidence_loss(part, none.scatter(1, ids, z0 > self.start_theta), args.reference_share)
+        if self.direction is not None: loss = loss + disagreement_loss(part, self.direction[label] - self.direction[rival], args.association_share)
+        if opened is None or not args.reference_share: return loss
+        ids, z0 = opened[0], opened[-1]
+        there = z0.gather(2, state.position.gather(1, ids).long()[..., None])[..., 0]                             # [B,K] at the word's own position
+        return loss + evidence_loss(part, none.scatter(1, ids, there > self.start_theta), args.reference_share)
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------
     def _record(self, terms, state):

@@ -10,6 +10,7 @@ from transformers.utils import logging
 from lexical_sae.data import offline_backbone
 from lexical_sae.dense import DenseClassifier, DenseTrainer
 from lexical_sae.backbone import sample_sentences
+from lexical_sae.grounding import WordAssociations
 from lexical_sae.model import LexicalSAEForSequenceClassification
 from lexical_sae.train import LexicalTrainer, LexicalTrainingArguments
 
@@ -31,6 +32,10 @@ def full_batch(model):
     batch = model.tokenizer(texts, truncation=True, max_length=L, padding='max_length', return_tensors='pt')
     model.start_threshold(model.tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True))
     return dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=torch.arange(B) % C)
+
+def associations(model, batch):
+    "Every word of the batch is known, so that the whole loss is computed."
+    return WordAssociations.fit(model.tokenizer.batch_decode(batch['input_ids'], skip_special_tokens=True), batch['labels'].tolist(), C, minimum=1)
 
 def in_the_middle(trainer, model):
     "A trainer as it is after the warm-up, every loss on."
@@ -55,7 +60,7 @@ def main(which, dtype='bfloat16', words='400', steps='9'):
     common = dict(use_cpu=True, report_to='none', learning_rate=1e-6)      # small: the steps must not change what is measured
     with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(sys.stderr):
         dense = DenseTrainer(twin, TrainingArguments(tmp, remove_unused_columns=False, **common))
-        lexical = LexicalTrainer(ours, LexicalTrainingArguments(tmp, gate_learning_rate=1e-6, **common))
+        lexical = LexicalTrainer(ours, LexicalTrainingArguments(tmp, gate_learning_rate=1e-6, **common), associations=associations(ours, batch))
     in_the_middle(dense, twin); in_the_middle(lexical, ours)
     kinds = {'dense': (dense, twin, batch), 'first_epoch': (lexical, ours, batch),
         'lexical': (lexical, ours, batch | {'example_id': torch.arange(B)})}

@@ -27,7 +27,7 @@ from transformers import AutoModel, DataCollatorWithPadding, TrainingArguments, 
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import (automatic_max_length, class_names_of, data_record, has_several_labels, hold_out, load_task, offline_backbone,
+from .data import (automatic_max_length, class_names_of, data_record, fingerprint, has_several_labels, hold_out, load_task, offline_backbone,
                               tokenize_texts)
 from .decode import Threshold
 from .dense import DenseClassifier, DenseTrainer, predict_dense
@@ -210,7 +210,7 @@ def _twin_key(setup):
     "What a kept twin depends on."
     config = setup.config
     asked = {k: v for k, v in common_arguments(setup).items() if k in RECIPE or k in ('per_device_train_batch_size', 'gradient_accumulation_steps', 'seed', 'max_steps')}
-    return plain(asked | DENSE | config.dense | dict(data=data_record(config.dataset_name, setup.data)['fingerprint'], backbone=config.model_name, length=setup.max_length))
+    return plain(asked | DENSE | config.dense | dict(data=fingerprint(setup.data['train']), backbone=config.model_name, length=setup.max_length))
 
 def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # on the CPU; seconds per step
     "The dense twin, trained on the same texts for as many epochs, or read from the folder that keeps it."
@@ -241,8 +241,8 @@ def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # on the CPU; sec
 
 def _checkpoint_to_resume(setup, folder, first) -> str|None:
     "The last checkpoint of a run that was killed; ValueError if it is another config's. The `first` process notes whose they are."
-    left_out = ('output_dir', 'source', 'twin', 'dense')
-    key = plain({k: v for k, v in asdict(setup.config).items() if k not in left_out} | dict(data=data_record(setup.config.dataset_name, setup.data)['fingerprint']))
+    left_out = ('output_dir', 'source', 'test_samples', 'twin', 'dense')
+    key = plain({k: v for k, v in asdict(setup.config).items() if k not in left_out} | dict(data=fingerprint(setup.data['train'])))
     folder, note = Path(folder), Path(folder)/'config.json'
     found = get_last_checkpoint(folder) if folder.is_dir() else None
     if found and note.exists() and (changed := sorted(k for k, v in json.loads(note.read_text()).items() if key.get(k) != v)):
@@ -259,7 +259,7 @@ def train_model(
     args, (learned, watched) = arguments_for(setup), _learned_and_watched(setup)
     checkpoint = _checkpoint_to_resume(setup, args.output_dir, args.process_index == 0)
     _prepare(setup, args, learned)
-    teacher = predict_dense(twin or fit_dense(setup)[0], setup.tokens['train'], setup.collator) if setup.config.distil else None
+    teacher = predict_dense(twin or fit_dense(setup)[0], setup.tokens['train'], setup.collator, bf16=args.bf16) if setup.config.distil else None
     set_seed(setup.config.seed)
     trainer = LexicalTrainer(setup.model, args, setup.reference, teacher, setup.associations, train_dataset=learned, eval_dataset=watched, data_collator=setup.collator)
     seconds = timed(trainer, checkpoint)

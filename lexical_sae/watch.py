@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from .dla import CircuitState, circuit_state
+from .geco import has_price
 from .grounding import TOP, FrozenReference, centred_contributions, reference_ranks
 from .model import LexicalSAE
 from .targets import classification_loss, is_multilabel, right_answers
@@ -181,10 +182,9 @@ def price_from_log(
     "What the constraint cost, and how many words fell silent on the way."
     seen = [h for h in history if 'tau' in h and 'lambda' in h]
     if not seen: return None
-    last, peak = seen[-1], max(h['lambda'] for h in seen)
-    free = peak < 1.05*min(h['lambda'] for h in seen)                    # less is the step of the multiplier, not a price
-    cost = f"lambda stayed at {peak:.2f}: the constraint cost nothing (a higher target_accuracy or fewer words would give it a price)" if free else \
-        f"lambda rose to {peak:.2f} and ended at {last['lambda']:.2f}: the constraint binds"
+    last, lambdas = seen[-1], [h['lambda'] for h in seen]
+    cost = f"lambda rose to {max(lambdas):.2f} and ended at {last['lambda']:.2f}: the constraint binds" if has_price(lambdas) else \
+        f"lambda stayed at {max(lambdas):.2f}: the constraint cost nothing (a higher target_accuracy or fewer words would give it a price)"
     return cost + (f"; {last['dead']:,} words that the untrained model opens have fallen silent" if last.get('dead') else '')
 
 class ConstrainedStopping(TrainerCallback):

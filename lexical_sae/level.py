@@ -25,15 +25,17 @@ class LevelController(nn.Module):
         rate: float = .02,           # rho: step on log theta for each unit of log k
         most: float = .05,           # log theta moves by no more in a step
         decay: float = .7,           # of the moving average of the held-out ratio
+        floor: float = .1,           # thresholds are not lowered below this share of where they began
     ):
         if not 0 <= hold < until <= 1: raise ValueError(f"The schedule needs 0 <= hold < until <= 1, got {hold} and {until}.")
         super().__init__()
-        self.active_target, self.hold, self.until, self.rate, self.most, self.decay = active_target, hold, until, rate, most, decay
+        self.active_target, self.hold, self.until, self.rate, self.most, self.decay, self.floor = active_target, hold, until, rate, most, decay, floor
         value = lambda x: torch.tensor(float(x), dtype=torch.float64)
         self.register_buffer('start', value('nan'))        # k0: open words of the first steps
         self.register_buffer('steps', value(0))            # seen so far
         self.register_buffer('recent', value('nan'))       # moving average of log k on training texts
         self.register_buffer('log_ratio', value('nan'))    # log of held-out k over training k
+        self.register_buffer('level', value('nan'))        # mean log theta at the first step
 
     def wanted(self, progress: float) -> float:            # share of the steps done -> words
         "k* at this moment; a model that starts below K stays where it is."
@@ -53,13 +55,15 @@ class LevelController(nn.Module):
     ) -> float:            # what was added to log theta
         "Once per optimiser step."
         log_k = math.log(max(active, .5))
-        if not self.steps: self.start.fill_(math.exp(log_k)); self.recent.fill_(log_k)
+        mean = gate.log_theta.detach()[gate.allowed].mean()
+        if not self.steps: self.start.fill_(math.exp(log_k)); self.recent.fill_(log_k); self.level.fill_(mean)
         self.steps += 1
         if self.steps <= _FIRST: self.start.mul_(math.exp((log_k - math.log(self.start.item()))/self.steps.item()))   # geometric mean
         self.recent.lerp_(self.recent.new_tensor(log_k), .1)
         ratio = 0. if self.log_ratio.isnan() else self.log_ratio.item()
         move = self.rate*(log_k + ratio - math.log(self.wanted(progress)))
         move = max(-self.most, min(self.most, move))
+        if move < 0: move = max(move, min(0., (self.level - mean).item() + math.log(self.floor)))
         with torch.no_grad(): gate.log_theta.add_(move)
         return move
 
@@ -67,16 +71,21 @@ class LevelController(nn.Module):
     def settle(self,
         gate: Gate,
         measure,             # () -> open words of held-out texts, at the thresholds as they are
-        rounds: int = 6,
-        slope: float = 8.,   # by about so much log k falls when log theta rises by one
+        rounds: int = 16,
+        slope: float = 8.,   # by about so much log k falls when log theta rises by one, where thresholds are high
     ) -> float:              # open words at the end
-        "After the last step: raise the level until held-out texts open no more than K words."
+        "After the last step: raise the level until held-out texts open no more than K words, and hardly fewer."
+        shift, low, high, reach = 0., None, None, None                       # of log theta: now, too low, enough, the next stride
         for _ in range(rounds):
             active = measure()
             excess = math.log(max(active, .5)/self.active_target)
-            if excess < .01: break
-            gate.log_theta.add_(excess/slope)
-        return active
+            if excess < .01 and (low is None or excess > -.03): return active
+            if excess < .01: high = shift
+            else: low, reach = shift, 2*reach if reach else excess/slope     # strides double: low thresholds must rise far
+            to = low + reach if high is None else (low + high)/2
+            gate.log_theta.add_(to - shift); shift = to
+        if high is not None: gate.log_theta.add_(high - shift)               # a ceiling, even where k jumps across it
+        return measure()
 
 # %% ../nbs/02ac_level.ipynb #0dcb2c2c
 def set_dropout(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EAGER_UP_TO', 'projection', 'lift', 'read_weights', 'weights_hash', 'sample_sentences', 'load_backbone',
-           'check_backbone_config', 'masked_loss', 'check_tokenizer', 'eager_attention']
+           'check_backbone_config', 'masked_loss', 'check_tokenizer', 'has_bfloat16', 'eager_attention']
 
 # %% ../nbs/00e_backbone.ipynb #ef8be4a0
 import hashlib
@@ -129,6 +129,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedMode
     if not loss < chance - 1:
         raise ValueError(f"The language-model head is not trained, or the tokenizer is another model's (masked loss {loss:.1f}, chance {chance:.1f}): "
                          "choose a checkpoint with a trained head and its own tokenizer.")
+
+# %% ../nbs/00e_backbone.ipynb #f898d3cf
+def has_bfloat16() -> bool:
+    "Whether this machine multiplies in bfloat16, or would only imitate it."
+    if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, 'get_capabilities', dict)()
+    if known.get('architecture') == 'x86_64': return known['avx512_bf16'] or known['amx_bf16']
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()     # other processors, and earlier versions of torch
 
 # %% ../nbs/00e_backbone.ipynb #ef448ea4
 EAGER_UP_TO = 128   # positions

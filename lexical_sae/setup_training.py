@@ -27,6 +27,7 @@ from transformers import AutoModel, DataCollatorWithPadding, TrainingArguments, 
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from .backbone import has_bfloat16
 from .data import (automatic_max_length, class_names_of, data_record, fingerprint, has_several_labels, hold_out, load_task, offline_backbone,
                               tokenize_texts)
 from .decode import Threshold
@@ -41,7 +42,7 @@ from .train import LexicalTrainer, LexicalTrainingArguments
 from .watch import ProgressLines
 
 # %% ../nbs/02ca_setup.ipynb #c3c960fc
-RECIPE = dict(num_train_epochs=2.5, warmup_steps=100, weight_decay=.01, lr_scheduler_type='linear', train_sampling_strategy='group_by_length', bf16=True)
+RECIPE = dict(num_train_epochs=2.5, warmup_steps=100, weight_decay=.01, lr_scheduler_type='linear', train_sampling_strategy='group_by_length')
 DENSE = dict(learning_rate=1e-4, head_multiplier=10.)   # of the dense twin, whose head starts at random: at three times this rate it does not learn
 
 @dataclass
@@ -154,7 +155,7 @@ def common_arguments(setup: Setup) -> dict:
     "What both trainers, ours and the dense twin's, are given."
     config, plain = setup.config, {f.name for f in fields(TrainingArguments)}
     given = RECIPE | dict(per_device_train_batch_size=setup.batch_size, gradient_accumulation_steps=setup.accumulation,
-        learning_rate=config.learning_rate or 1e-4,
+        learning_rate=config.learning_rate or 1e-4, bf16=has_bfloat16(),
         save_strategy='no', report_to='none', disable_tqdm=True, seed=config.seed, use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False) | {
         k: v for k, v in config.training.items() if k in plain}
@@ -209,7 +210,7 @@ def timed(trainer, checkpoint: str|None = None, every: int = 60) -> float:  # se
 def _twin_key(setup):
     "What a kept twin depends on."
     config = setup.config
-    asked = {k: v for k, v in common_arguments(setup).items() if k in RECIPE or k in ('per_device_train_batch_size', 'gradient_accumulation_steps', 'seed', 'max_steps')}
+    asked = {k: v for k, v in common_arguments(setup).items() if k in RECIPE or k in ('per_device_train_batch_size', 'gradient_accumulation_steps', 'seed', 'max_steps', 'bf16')}
     return plain(asked | DENSE | config.dense | dict(data=fingerprint(setup.data['train']), backbone=config.model_name, length=setup.max_length))
 
 def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # on the CPU; seconds per step

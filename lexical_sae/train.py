@@ -91,6 +91,7 @@ class LexicalTrainingArguments(TrainingArguments):
 
 # %% ../nbs/02c_train.ipynb #16052c42
 _LOOK_EVERY, _LOOK_BATCHES = 10, 3   # steps between two looks at held-out texts; batches that take turns
+_LOOK_TOGETHER = 16                  # of a batch's texts, sorted by length: little padding is read
 
 class LexicalTrainer(CheckpointingTrainer):
     "Trains a `LexicalSAEForSequenceClassification` under GECO, grounded by the frozen reference."
@@ -299,14 +300,15 @@ class LexicalTrainer(CheckpointingTrainer):
         "Open words of one batch of the held-out texts, in evaluation mode; the first few batches take turns."
         size, n = self.args.per_device_eval_batch_size, len(self.eval_dataset)
         at = turn % max(1, min(_LOOK_BATCHES, n//size))*size
-        batch = self.data_collator([self.eval_dataset[i] for i in range(at, min(at + size, n))])
-        was_training = self._net.training
+        texts = sorted((self.eval_dataset[i] for i in range(at, min(at + size, n))), key=lambda text: len(text['input_ids']))
+        was_training, opened = self._net.training, []
         self._net.eval()
         with self.compute_loss_context_manager():
-            inputs = {k: v for k, v in self._prepare_inputs(batch).items() if k in ('input_ids', 'attention_mask', 'labels')}
-            active = self._net(**inputs).state.num_active.float().mean().item()
+            for i in range(0, len(texts), _LOOK_TOGETHER):
+                batch = self._prepare_inputs(self.data_collator(texts[i:i + _LOOK_TOGETHER]))
+                opened.append(self._net(**{k: v for k, v in batch.items() if k in ('input_ids', 'attention_mask', 'labels')}).state.num_active)
         self._net.train(was_training)
-        return active
+        return torch.cat(opened).float().mean().item()
 
     def log(self, logs, *args, **kwargs):
         if 'loss' in logs and self.terms:

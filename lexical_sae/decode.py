@@ -287,7 +287,8 @@ class ThresholdFitter:
         if not self.top: raise ValueError("No text was seen: call update() with at least one batch before fit().")
         top = torch.cat(self.top)                                          # [n,16*target]
         rank = max(1, round(self.target*len(top)))
-        theta = top.flatten().sort(descending=True).values[min(rank, top.numel() - 1)].item()
+        values = top.flatten().sort(descending=True).values
+        theta = values[max(0, min(rank, len(values) - 1) - 1):rank + 1].mean().item()      # midway between two words: rounding decides on none
         mean = self.total/self.count
         spread = max(self.squares/self.count - mean**2, 0)**.5
         words = (top > theta).sum(1).double().mean().item()

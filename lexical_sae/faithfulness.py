@@ -9,7 +9,7 @@ __all__ = ['BINS', 'COUNTS', 'best_units', 'ErasureCurve', 'dims_curve', 'greedy
 # %% ../nbs/05a_faithfulness.ipynb #1babc16d
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -185,16 +185,37 @@ class Reader:
         return out
 
 # %% ../nbs/05a_faithfulness.ipynb #83128cf2
+def _row_of(state, b):
+    "The state of one text of a batch."
+    return replace(state, logits=state.logits[b:b + 1], sparse_vector=state.sparse_vector[b:b + 1], position=state.position[b:b + 1], z_max=None)
+
+def _batch_scores(reader, texts):
+    "`word_scores` of one batch."
+    batch, model = reader.batch(texts), reader.model
+    reader.readings += len(texts)
+    seq = model.encode(**batch); state = model.classify(seq)
+    words = compute_active_slice_weff(state.sparse_vector, state.head)    # W_eff at the K open words alone
+    own = words.W_eff[torch.arange(len(texts)), state.logits.argmax(-1)]  # [B,K] of the predicted class
+    parts, real = words.values*(own - words.W_eff.mean(1)), batch['attention_mask'].bool()      # [B,K], as `centred_contributions`
+    for b, text in enumerate(texts):
+        one, k = SparseSequence(seq.h[b:b + 1], seq.keep[b:b + 1], model), words.mask[b]
+        by_position = position_shares(one, _row_of(state, b), words.index[b, k]).T @ parts[b, k]    # [L]
+        yield reader.to_words(by_position[real[b]], text)
+
 @torch.no_grad()
-def word_scores(model: LexicalSAE|Reader, text: str) -> Tensor:          # [n words]
-    "Exact contributions to the predicted class over the average class, routed to the words of the text: one reading."
+def word_scores(
+    model: LexicalSAE|Reader,
+    texts: str|list[str],
+    batch_size: int = 32,
+) -> Tensor|list[Tensor]:     # [n words], or one for each text
+    "Exact contributions to the predicted class over the average class, routed to the words of the text: one reading of each."
     reader = Reader.of(model)
-    reader.readings += 1
-    seq = reader.model.encode(**reader.batch([text])); state = reader.model.classify(seq)
-    words, c = compute_active_slice_weff(state.sparse_vector, state.head), state.logits[0].argmax()       # W_eff at the K open words alone
-    parts = words.values[0]*(words.W_eff[0, c] - words.W_eff[0].mean(0))  # [K], as `centred_contributions`
-    by_position = position_shares(seq, state, words.index[0]).T @ parts   # [L]
-    return reader.to_words(by_position, text)
+    if isinstance(texts, str): return next(_batch_scores(reader, [texts]))
+    order, found = sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
+    for i in range(0, len(order), batch_size):
+        rows = order[i:i + batch_size]
+        found |= zip(rows, _batch_scores(reader, [texts[j] for j in rows]))
+    return [found[i] for i in range(len(texts))]
 
 def _best_words(scores, amount):
     "Which words of one text [n] are the best: a share, or a whole number of them."
@@ -332,11 +353,11 @@ def off_distribution(
     reader, was_training = Reader.of(model), model.training
     model.eval()
     def vectors(texts): return torch.cat([reader.state(texts[i:i + 32]).sparse_vector.cpu() for i in range(0, len(texts), 32)])
-    def erased(text): return erase_words(text, _best_words(word_scores(reader, text), share).tolist(), reader.empty)
+    erased = [erase_words(t, _best_words(s, share).tolist(), reader.empty) for t, s in zip(texts, word_scores(reader, texts))]
     train, s = vectors(train_texts), vectors(texts)
     state = circuit_state(s.to(reader.device), model.head)
     zeroed = torch.where(best_units(centred_contributions(state), state.sparse_vector > 0, share).cpu(), 0., s)
-    changed = {'dimensions zeroed': zeroed, 'words deleted': vectors([erased(t) for t in texts])}
+    changed = {'dimensions zeroed': zeroed, 'words deleted': vectors(erased)}
     model.train(was_training)
     return _distances(train, s, changed)
 

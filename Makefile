@@ -62,9 +62,10 @@ edit: .venv/ready ## pair every chapter with a text file in .nbpy
 
 bench: .venv/ready ## time and memory of the decode and of a tagging step, time of a training step
 	@for d in float32 bfloat16; do for g in sparse dense; do for p in tiled naive; do PYTHONPATH=. $(BIN)/python tools/bench_decode.py $$p $$g $$d; done; done; done
-	@for w in 400 50; do PYTHONPATH=. $(BIN)/python tools/bench_step.py offline bfloat16 $$w; done
-	@PYTHONPATH=. $(BIN)/python tools/bench_step.py bert-base bfloat16 50 3
-	@mkdir -p paper/bench; for d in float32 bfloat16; do f=paper/bench/tagging_$$d.json; PYTHONPATH=. $(BIN)/python tools/bench_tagging.py both $$d > $$f.part && mv $$f.part $$f && cat $$f || exit 1; done
+	@mkdir -p paper/bench; keep() { "$${@:2}" > "$$1.part" && mv "$$1.part" "$$1" && cat "$$1"; }; export PYTHONPATH=.; \
+	for w in 400 50; do keep paper/bench/step_offline_$$w.json $(BIN)/python tools/bench_step.py offline native $$w; done; \
+	keep paper/bench/step_bert-base.json $(BIN)/python tools/bench_step.py bert-base native 50 3; \
+	for d in float32 bfloat16; do keep paper/bench/tagging_$$d.json $(BIN)/python tools/bench_tagging.py both $$d; done
 
 clean: ## remove what was built
 	@rm -rf _docs _proc build dist *.egg-info runs

@@ -1,6 +1,6 @@
 """Median time of a whole training step (forward, losses, backward, optimiser) of a Lexical-SAE and of its dense twin,
 interleaved in one process; prints one JSON line.
-bench_step.py offline|bert-base [float32|bfloat16] [words a text opens] [steps]"""
+bench_step.py offline|bert-base [native|float32|bfloat16] [words a text opens] [steps]; native: bfloat16 where the machine multiplies in it"""
 import contextlib, json, statistics, sys, tempfile, time, warnings
 
 import torch
@@ -9,9 +9,10 @@ from transformers.utils import logging
 
 from lexical_sae.data import offline_backbone
 from lexical_sae.dense import DenseClassifier, DenseTrainer
-from lexical_sae.backbone import sample_sentences
+from lexical_sae.backbone import has_bfloat16, sample_sentences
 from lexical_sae.grounding import WordAssociations
 from lexical_sae.model import LexicalSAEForSequenceClassification
+from lexical_sae.results import hardware
 from lexical_sae.train import LexicalTrainer, LexicalTrainingArguments
 
 B, L, C = 32, 64, 2
@@ -53,7 +54,8 @@ def one_step(trainer, model, batch, dtype):
     loss.backward(); trainer.optimizer.step(); trainer.optimizer.zero_grad()
     return time.perf_counter() - begin
 
-def main(which, dtype='bfloat16', words='400', steps='9'):
+def main(which, dtype='native', words='400', steps='9'):
+    if dtype == 'native': dtype = 'bfloat16' if has_bfloat16() else 'float32'
     warnings.filterwarnings('ignore'); logging.set_verbosity_error(); logging.disable_progress_bar()
     ours, encoder = models(which, float(words))
     twin, batch, dtype = DenseClassifier(encoder, C), full_batch(ours), getattr(torch, dtype)
@@ -69,8 +71,7 @@ def main(which, dtype='bfloat16', words='400', steps='9'):
         for k, what in kinds.items(): times[k].append(one_step(*what, dtype))
     seconds = {k: statistics.median(v[1:]) for k, v in times.items()}       # the first step warms up
     print(json.dumps(dict(backbone=which, dtype=str(dtype).split('.')[-1], words=round(sum(lexical.terms['active'])/len(lexical.terms['active'])),
-        threads=torch.get_num_threads(),
                           **{f'{k}_seconds': round(v, 4) for k, v in seconds.items()}, ratio=round(seconds['lexical']/seconds['dense'], 2),
-                          ratio_first_epoch=round(seconds['first_epoch']/seconds['dense'], 2))))
+                          ratio_first_epoch=round(seconds['first_epoch']/seconds['dense'], 2), hardware=hardware())))
 
 if __name__ == '__main__': main(*sys.argv[1:])

@@ -8,7 +8,9 @@ __all__ = ['LexicalTrainingArguments', 'LexicalTrainer']
 # %% ../nbs/02c_train.ipynb #575143f4
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -289,25 +291,27 @@ class LexicalTrainer(CheckpointingTrainer):
         if self.eval_dataset is not None and step % _LOOK_EVERY == 0: self.level.observe_held_out(self._held_out_active(step//_LOOK_EVERY - 1))
 
     def settle_level(self):
-        "Hold K on the held-out texts, where there are any."
+        "Hold K on the held-out texts, where there are any, in the precision in which the model will be read: low thresholds tell bfloat16's rounding from a word."
         evaluation_mode(self.optimizer)                                  # schedule-free: the averaged weights are the model, held-out texts or not
         if self.level is None or self.eval_dataset is None: return
         turns = range(max(1, min(_LOOK_BATCHES, len(self.eval_dataset)//self.args.per_device_eval_batch_size)))
-        self.level.settle(self._net.activation, lambda: sum(self._held_out_active(t) for t in turns)/len(turns))
+        self.level.settle(self._net.activation, lambda: sum(self._held_out_active(t, exact=True) for t in turns)/len(turns))
 
     @torch.no_grad()
-    def _held_out_active(self, turn):
-        "Open words of one batch of the held-out texts, in evaluation mode; the first few batches take turns."
+    def _held_out_active(self, turn, exact=False):
+        "Open words of one batch of the held-out texts, in evaluation mode; the first few batches take turns. `exact`: in the weights' own precision, as a saved model is read."
         size, n = self.args.per_device_eval_batch_size, len(self.eval_dataset)
         at = turn % max(1, min(_LOOK_BATCHES, n//size))*size
         texts = sorted((self.eval_dataset[i] for i in range(at, min(at + size, n))), key=lambda text: len(text['input_ids']))
-        was_training, opened = self._net.training, []
-        self._net.eval()
-        with self.compute_loss_context_manager():
+        net, opened = self._net, []
+        read = partial(type(net).forward, net) if exact else net            # accelerate wraps the forward of the instance
+        was_training = net.training
+        net.eval()
+        with nullcontext() if exact else self.compute_loss_context_manager():
             for i in range(0, len(texts), _LOOK_TOGETHER):
                 batch = self._prepare_inputs(self.data_collator(texts[i:i + _LOOK_TOGETHER]))
-                opened.append(self._net(**{k: v for k, v in batch.items() if k in ('input_ids', 'attention_mask', 'labels')}).state.num_active)
-        self._net.train(was_training)
+                opened.append(read(**{k: v for k, v in batch.items() if k in ('input_ids', 'attention_mask', 'labels')}).state.num_active)
+        net.train(was_training)
         return torch.cat(opened).float().mean().item()
 
     def log(self, logs, *args, **kwargs):

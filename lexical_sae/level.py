@@ -79,8 +79,8 @@ class LevelController(nn.Module):
         for _ in range(rounds):
             active = measure()
             excess = math.log(max(active, .5)/self.active_target)
-            if excess < .01 and (low is None or excess > -.03): return active
-            if excess < .01: high = shift
+            if excess <= 0 and (low is None or excess > -.03): return active
+            if excess <= 0: high = shift
             else: low, reach = shift, 2*reach if reach else excess/slope     # strides double: low thresholds must rise far
             to = low + reach if high is None else (low + high)/2
             gate.log_theta.add_(to - shift); shift = to

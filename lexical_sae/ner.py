@@ -167,22 +167,17 @@ class TaggingTrainer(LexicalTrainer):
         return terms
 
     def _separation(self, state, labels):
-        "The loss; then the margin and the centroids take their step."
+        "The loss; what margin and centroids take their step from is noted."
         loss, violations = tag_separation_loss(state, labels, self.centroids, self.margin.margin, self.args.separation_form)
-        if self.args.separation_form == 'triplet': self.margin.update(self._mean(violations))
+        if self.args.separation_form == 'triplet': self._note('violations', violations)
         with torch.autocast(loss.device.type, enabled=False):
             part = replace(state.active, value=state.attribution(labels).detach().float()).to_sparse()   # [N,V] sparse
-            self.centroids.update(part, labels, self._sum)
+            self._note('centroids', *self.centroids.sums(part, labels))
         return loss
 
     def _count_open(self, state):
-        "How often words are open, over positions; the first batches are the untrained frequencies."
-        found = self.frequencies
-        count = self._sum(torch.bincount(state.active.dim, minlength=len(found.frequency)).float())
-        positions = self._sum(torch.tensor(float(len(state.logits)), device=count.device))
-        if self.state.global_step: return found.update(count/positions.clamp(min=1))
-        found.start.mul_(found.texts).add_(count).div_((found.texts + positions).clamp(min=1))
-        found.texts += positions; found.frequency.copy_(found.start)
+        "At how many positions words are open."
+        self._note('opened', torch.bincount(state.active.dim, minlength=len(self.frequencies.frequency)).float(), torch.tensor(float(len(state.logits)), device=state.logits.device))
 
     def _anchor(self, state, inputs, h0):
         "Excess over the reference at the routed position itself."

@@ -92,14 +92,17 @@ class AttributionCentroidTracker(nn.Module):
         self.register_buffer('seen', torch.zeros(num_classes, dtype=torch.bool))
 
     @torch.no_grad()
-    def update(self,
+    def sums(self,
         attribution: Tensor,               # [B,V] of each text's own class
         labels: Tensor,                    # [B]
-        reduce=lambda tensor: tensor,      # sums a tensor over processes
-    ):
-        "One step; classes that no process saw stay as they are."
+    ) -> tuple[Tensor, Tensor]:            # [C,V], [C] to be added up over batches and processes
+        "What a batch has to say of each class."
         one_hot = F.one_hot(labels, len(self.seen)).to(attribution.dtype)             # [B,C]
-        total, count = reduce(one_hot.T @ attribution.detach()), reduce(one_hot.sum(0))   # [C,V], [C]
+        return one_hot.T @ attribution.detach(), one_hot.sum(0)
+
+    @torch.no_grad()
+    def update(self, total: Tensor, count: Tensor):
+        "One step, from the sums of all its texts; classes without a text stay as they are."
         here = count > 0
         mean = total[here]/count[here, None]
         keep = torch.where(self.seen[here], self.decay, 0.)[:, None]                  # the first mean is taken whole
@@ -238,23 +241,26 @@ class FeatureFrequencyTracker(nn.Module):
         self.register_buffer('frequency', torch.zeros(num_dims))
         self.register_buffer('start', torch.zeros(num_dims))
         self.register_buffer('texts', torch.zeros((), dtype=torch.float64))    # that `start` is measured on
+        self.register_buffer('updates', torch.zeros((), dtype=torch.float64))  # steps since
 
     @torch.no_grad()
-    def observe_start(self, sparse_vector: Tensor):                            # [B,V] of the untrained model
-        "Take in a batch of the untrained model."
-        new = len(sparse_vector)
-        self.start.mul_(self.texts/(self.texts + new)).add_((sparse_vector > 0).sum(0)/(self.texts + new))
-        self.texts += new
+    def observe_start(self, opened: Tensor, texts: int|Tensor):                # [V] in how many of so many texts
+        "Take in what the untrained model opens."
+        self.start.mul_(self.texts).add_(opened).div_((self.texts + texts).clamp(min=1))
+        self.texts += texts
         self.frequency.copy_(self.start)
 
     @torch.no_grad()
-    def update(self, frequency: Tensor):                                       # [V] share of the step's texts, over all processes
+    def update(self, opened: Tensor, texts: int|Tensor):                       # [V] in how many of the step's texts, over all processes
         "One step."
-        self.frequency.lerp_(frequency, 1 - self.decay)
+        self.frequency.lerp_(opened/texts, 1 - self.decay)
+        self.updates += 1
 
     def dead(self, share: float) -> Tensor:                                    # [V] bool
-        "Words open far more rarely than under the untrained gate."
-        return (self.start > 0) & (self.frequency < share*self.start)
+        "Words open far more rarely than under the untrained gate; none before the average has seen its own length of steps."
+        rest = self.decay**self.updates.item()                                 # weight that `start` still has in the average
+        if self.updates*(1 - self.decay) < 1 - 1e-9: return torch.zeros_like(self.start, dtype=torch.bool)
+        return (self.start > 0) & ((self.frequency - rest*self.start)/(1 - rest) < share*self.start)
 
 def revival_loss(
     gate: Gate,

@@ -27,7 +27,7 @@ def parameter_groups(
     weight_decay: float = .01,   # decoupled; none on gates, norms and biases
 ) -> list[dict]:
     "Backbone, head and gate with their own rates."
-    rate = {'gate': gate_learning_rate or .5/max(1, steps), 'head': learning_rate*head_multiplier, 'backbone': learning_rate}
+    rate = {'gate': .5/max(1, steps) if gate_learning_rate is None else gate_learning_rate, 'head': learning_rate*head_multiplier, 'backbone': learning_rate}
     groups = {}
     for name, p in model.named_parameters():
         if not p.requires_grad: continue

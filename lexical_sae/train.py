@@ -8,13 +8,14 @@ __all__ = ['LexicalTrainingArguments', 'LexicalTrainer']
 # %% ../nbs/02c_train.ipynb #575143f4
 import math
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from .backbone import eager_attention
 from .checkpoints import CheckpointingTrainer
@@ -83,16 +84,19 @@ class LexicalTrainingArguments(TrainingArguments):
         if optim not in _OPTIMISERS:
             raise ValueError(f"optim must be one of {', '.join(_OPTIMISERS)}, got '{optim}' (or pass `optimizers` to the trainer).")
         if self.schedule_free: self.lr_scheduler_type = 'constant'       # it ramps and averages by itself
-        for name, choices in (('separation_form', ('triplet', 'cosine')), ('sparsity', ('l0', 'l1')), ('revival_form', ('untrained', 'published'))):
+        for name, choices in (('separation_form', ('triplet', 'cosine')), ('sparsity', ('l0', 'l1')), ('revival_form', ('untrained', 'published')),
+                              ('completeness_against', ('kl', 'ce'))):
             if getattr(self, name) not in choices: raise ValueError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'.")
         for name, low, high in (('sparsity_target', 0, 1), ('warmup_fraction', 0, 1)):
             if not low < getattr(self, name) < high: raise ValueError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}.")
+        if not self.active_target > 0: raise ValueError(f"active_target must be a positive number of words, got {self.active_target}.")
 
     @property
     def schedule_free(self) -> bool: return str(getattr(self.optim, 'value', self.optim)) == 'schedule_free_adamw'
 
 # %% ../nbs/02c_train.ipynb #16052c42
 _LOOK_EVERY, _LOOK_BATCHES = 10, 3   # steps between two looks at held-out texts; batches that take turns
+_CLOSED_STEPS = 10                   # in a row without an open word: nothing brings them back
 _LOOK_TOGETHER = 16                  # of a batch's texts, sorted by length: little padding is read
 
 class LexicalTrainer(CheckpointingTrainer):
@@ -110,6 +114,8 @@ class LexicalTrainer(CheckpointingTrainer):
         if isinstance(self.eval_dataset, dict):
             raise ValueError("Give one eval_dataset: on it open words are watched and the model is chosen. "
                              "Judge others with trainer.evaluate(dataset).")
+        if args.patience and args.eval_strategy == IntervalStrategy.NO:
+            raise ValueError("patience counts evaluations, and there are none: set eval_strategy, or patience=0.")
         if args.mlm_weight and getattr(model.tokenizer, 'mask_token_id', None) is None:
             raise ValueError("mlm_weight needs a mask token: set model.tokenizer to one that has it, or mlm_weight=0.")
         model.label_smoothing, self.multilabel = args.label_smoothing, is_multilabel(model.config)
@@ -119,7 +125,7 @@ class LexicalTrainer(CheckpointingTrainer):
         self.reference = ReferenceCache(reference.to(args.device), args.reference_cache_mib) if reference is not None else None
         tau = None if args.target_accuracy is None else tau_from_accuracy(args.target_accuracy, model.config.num_labels, args.label_smoothing,
                                                                           self.multilabel)
-        self.geco = GECOController(tau, args.dual_rate, active_target=args.active_target, relax=args.tau_relax)
+        self.geco = GECOController(tau, args.dual_rate, active_target=args.active_target, relax=args.tau_relax, window=max(1, min(200, self._epoch_steps())))
         self.start_theta = model.config.start_theta or model.activation.theta.median().item()    # not noted by earlier versions
         self.centroids = AttributionCentroidTracker(model.config.num_labels, model.num_dims).to(args.device)
         self.margin, self.frequencies = LearnedMargin(), FeatureFrequencyTracker(model.num_dims).to(args.device)
@@ -127,7 +133,10 @@ class LexicalTrainer(CheckpointingTrainer):
         self.teacher = None if teacher is None else teacher.to(args.device)
         self.direction = associations.of_dimensions(model).T.to(args.device) if associations and args.evidence_weight and args.association_share else None   # [C,V]
         if args.backbone_dropout is not None: set_dropout(model.backbone, args.backbone_dropout)
-        self.terms, self.step_terms, self._fitter, self.choice = {}, [], None, None
+        self.terms, self.step_terms, self.noted, self._fitter, self.choice = {}, [], {}, None, None
+        self.closed_steps = 0
+        n = 0 if self.eval_dataset is None else len(self.eval_dataset)
+        self._watched = torch.randperm(n, generator=torch.Generator().manual_seed(args.seed)).tolist()          # files may be sorted by class
         self.add_callback(_DualStep(self)); self.add_callback(ConstrainedStopping(self, args.patience))
 
     def _weigh_classes(self, model):
@@ -211,14 +220,27 @@ class LexicalTrainer(CheckpointingTrainer):
         if self.args.separation_form == 'cosine': loss = centroid_cosine(part, labels, self.centroids)
         else:
             loss, violations = separation_loss(part, labels, self.centroids, self.margin.margin)
-            self.margin.update(self._mean(violations))
-        self.centroids.update(part, labels, self._sum)
+            self._note('violations', violations)
+        self._note('centroids', *self.centroids.sums(part, labels))
         return loss
 
     def _count_open(self, state):
-        "How often words are open; the first batches, before anything has moved, are the untrained frequencies."
-        if self.state.global_step == 0: self.frequencies.observe_start(self.accelerator.gather(state.sparse_vector.detach()))
-        else: self.frequencies.update(self._sum((state.sparse_vector > 0).float().mean(0))/self.accelerator.num_processes)
+        "In how many texts words are open."
+        self._note('opened', (state.sparse_vector > 0).sum(0).float(), torch.tensor(float(len(state.logits)), device=state.logits.device))
+
+    def _note(self, what: str, *found: Tensor):
+        "What a batch has to say to a tracker, which moves once per optimiser step."
+        before = self.noted.get(what)
+        self.noted[what] = (1, *found) if before is None else (before[0] + 1, *(a + b for a, b in zip(before[1:], found)))
+
+    def _move_trackers(self):
+        "Margin, centroids and frequencies take their step, from all batches of all processes."
+        noted, self.noted = self.noted, {}
+        if 'violations' in noted: self.margin.update(self._mean(noted['violations'][1]/noted['violations'][0]))
+        if 'centroids' in noted: self.centroids.update(*map(self._sum, noted['centroids'][1:]))
+        if 'opened' not in noted: return
+        move = self.frequencies.observe_start if self.state.global_step == 1 else self.frequencies.update      # the first step's model is untrained
+        move(*map(self._sum, noted['opened'][1:]))
 
     # ---- the same numbers on every process -------------------------------------------------------------------
     def _sum(self, tensor): return self.accelerator.reduce(tensor, 'sum')
@@ -275,19 +297,25 @@ class LexicalTrainer(CheckpointingTrainer):
         "Once per optimiser step: GECO, the moving average of k, and the alarm for closed gates."
         mean = {k: self._mean(sum(t[k] for t in self.step_terms)/len(self.step_terms)) for k in ('ce', 'active')}
         self.step_terms = []
+        self._move_trackers()
         self.active_ema = mean['active'] if self.active_ema is None else .95*self.active_ema + .05*mean['active']
-        if self.warming_up: self.geco.observe(mean['ce'])
+        if self.state.global_step <= self.args.warmup_fraction*self.state.max_steps: self.geco.observe(mean['ce'])     # the step is counted already
         else: self.geco.update(mean['ce'], self.active_ema)
         self._follow_schedule(mean['active'])
-        if self.active_ema < .5:
-            raise RuntimeError(f"All gates closed at step {self.state.global_step}: the model sees no words. Lower the learning rates "
-                               "(head_multiplier, learning_rate, gate_learning_rate), or raise anchor_margin.")
+        self.closed_steps = self.closed_steps + 1 if mean['active'] < .5 else 0
+        if self.closed_steps >= _CLOSED_STEPS: self._stop_closed()
+
+    def _stop_closed(self):
+        raise RuntimeError(f"All gates closed at step {self.state.global_step}: the model sees no words. Lower the learning rates "
+                           "(head_multiplier, learning_rate, gate_learning_rate), or raise anchor_margin.")
 
     def _follow_schedule(self, active):
         "Move the common level of the thresholds; now and then look at held-out texts, where more words open."
         if self.level is None: return
-        step = self.state.global_step
-        self.level.step(self._net.activation, active, step/self.state.max_steps)
+        step, gate = self.state.global_step, self._net.activation
+        move = self.level.step(gate, active, step/self.state.max_steps)
+        slow = getattr(self.optimizer, 'optimizer', self.optimizer).state.get(gate.log_theta, {}).get('z')
+        if slow is not None: slow.add_(move)                             # schedule-free: what it averages moves too, or it pulls the level back
         if self.eval_dataset is not None and step % _LOOK_EVERY == 0: self.level.observe_held_out(self._held_out_active(step//_LOOK_EVERY - 1))
 
     def settle_level(self):
@@ -295,14 +323,27 @@ class LexicalTrainer(CheckpointingTrainer):
         evaluation_mode(self.optimizer)                                  # schedule-free: the averaged weights are the model, held-out texts or not
         if self.level is None or self.eval_dataset is None: return
         turns = range(max(1, min(_LOOK_BATCHES, len(self.eval_dataset)//self.args.per_device_eval_batch_size)))
-        self.level.settle(self._net.activation, lambda: sum(self._held_out_active(t, exact=True) for t in turns)/len(turns))
+        active = self.level.settle(self._net.activation, lambda: sum(self._held_out_active(t, exact=True) for t in turns)/len(turns))
+        if active < .5: self._stop_closed()
+        if active > 1.05*self.args.active_target:
+            warnings.warn(f"Held-out texts open {active:.0f} words, more than the {self.args.active_target:g} asked for: train longer, or raise active_target.")
+
+    @contextmanager
+    def _as_settled(self):
+        "While training: the thresholds at which the model would be handed out, so that it is judged as it will be; then as they were."
+        if not self.is_in_train or self.level is None or self.geco.tau.isnan(): yield; return
+        log_theta = self._net.activation.log_theta
+        before = log_theta.detach().clone()
+        self.settle_level()
+        try: yield
+        finally: log_theta.data.copy_(before)
 
     @torch.no_grad()
     def _held_out_active(self, turn, exact=False):
         "Open words of one batch of the held-out texts, in evaluation mode; the first few batches take turns. `exact`: in the weights' own precision, as a saved model is read."
         size, n = self.args.per_device_eval_batch_size, len(self.eval_dataset)
         at = turn % max(1, min(_LOOK_BATCHES, n//size))*size
-        texts = sorted((self.eval_dataset[i] for i in range(at, min(at + size, n))), key=lambda text: len(text['input_ids']))
+        texts = sorted((self.eval_dataset[self._watched[i]] for i in range(at, min(at + size, n))), key=lambda text: len(text['input_ids']))
         net, opened = self._net, []
         read = partial(type(net).forward, net) if exact else net            # accelerate wraps the forward of the instance
         was_training = net.training
@@ -341,7 +382,7 @@ class LexicalTrainer(CheckpointingTrainer):
         "The Trainer's, and what a run is judged by (chapter 02bb)."
         if isinstance(self._net, LexicalSAEForSequenceClassification):
             self._fitter = ValidationFitter(self._net, self.reference and self.reference.reference)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self._as_settled(): output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         everywhere = lambda t: self._sum(t.to(self.args.device)).cpu()
         if self._fitter is not None and everywhere(self._fitter.sums[:1]).any():     # a process without texts of its own takes part too
             found = self._fitter.fit(everywhere)
@@ -370,9 +411,11 @@ class LexicalTrainer(CheckpointingTrainer):
                 self.optimizer.register_step_pre_hook(lambda *_: centralize_gradients(net.parameters(), net.num_dims))
         return self.optimizer
 
+    def _epoch_steps(self):
+        return 1 if self.train_dataset is None else math.ceil(len(self.train_dataset)/self.args.train_batch_size/self.args.gradient_accumulation_steps/self.args.world_size)
+
     def _planned_steps(self):
-        per_epoch = math.ceil(len(self.train_dataset)/self.args.train_batch_size/self.args.gradient_accumulation_steps)
-        return self.args.max_steps if self.args.max_steps > 0 else math.ceil(per_epoch*self.args.num_train_epochs)
+        return self.args.max_steps if self.args.max_steps > 0 else math.ceil(self._epoch_steps()*self.args.num_train_epochs)
 
     def _method(self):
         parts = dict(geco=self.geco, centroids=self.centroids, margin=self.margin, frequencies=self.frequencies)

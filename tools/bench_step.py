@@ -44,7 +44,7 @@ def in_the_middle(trainer, model):
     trainer.create_optimizer(); trainer.optimizer.zero_grad()
     if isinstance(trainer, LexicalTrainer):
         trainer.geco.update(ce=.5, active=1.); trainer.active_ema = 4*trainer.args.active_target
-        trainer.frequencies.observe_start(torch.zeros(1, model.num_dims))
+        trainer.frequencies.observe_start(torch.zeros(model.num_dims), 1)
     model.train()
 
 def one_step(trainer, model, batch, dtype):

@@ -113,6 +113,10 @@ def hold_out(
 # %% ../nbs/02b_data.ipynb #0c01d54e
 _NAMES = ('train', 'validation', 'test')
 
+def _is_path(name) -> bool:
+    "Whether a dataset's name is the path of a file, or of a folder that is written as one; \"owner/dataset\" stays a hub id."
+    return Path(name).is_file() or Path(name).is_dir() and (Path(name).is_absolute() or str(name).startswith('.'))
+
 def _find_task(name: str, source) -> Task:
     "The registered task, or what little is known of another name."
     key = str(name).lower().replace('-', '_')
@@ -193,7 +197,7 @@ def _sample(rows: Dataset, n: int, seed: int, knob: str, least: int) -> Dataset:
     return rows.select(stratified_indices(rows, n, seed))
 
 def load_task(
-    name: str,                     # a task of `list_tasks()`, a hub id ("owner/dataset"), or any name beside a path
+    name: str,                     # a task of `list_tasks()`, a hub id ("owner/dataset"), the path of a file or folder, or any name beside a path
     source: str|Path = 'hub',      # 'hub', 'pypi', or a file or folder (parquet, csv, tsv, jsonl, CoNLL columns)
     *,
     config: str|None = None,       # which configuration of a hub dataset; None: the task's, or the only one
@@ -208,6 +212,7 @@ def load_task(
 ) -> DatasetDict:                  # train, test, perhaps validation: text+label or tokens+tags with named classes;
                                    # a label is a list where classes do not exclude each other
     "Load a task from the hub, a wheel, or your own files; bad input raises ValueError or OSError with one sentence."
+    if source == 'hub' and _is_path(name): name, source = Path(name).stem, name
     task = _find_task(name, source)
     if config: task = replace(task, hub=(task.hub[0], config, task.hub[2]))
     raw = _divide(_load_source(task, source), task.split_column)

@@ -24,8 +24,10 @@ class DenseClassifier(nn.Module):
         dropout: float = .1,
         label_smoothing: float = 0.,
         multilabel: bool = False,  # every class is a yes or no
+        class_weights: Tensor|None = None,  # [C]
     ):
         super().__init__()
+        self.class_weights = class_weights
         self.encoder, self.dropout, self.label_smoothing, self.multilabel = encoder, nn.Dropout(dropout), label_smoothing, multilabel
         self.head = nn.Linear(encoder.config.hidden_size, num_labels)
         nn.init.normal_(self.head.weight, std=.02); nn.init.zeros_(self.head.bias)
@@ -41,7 +43,7 @@ class DenseClassifier(nn.Module):
         with torch.autocast(h.device.type, enabled=False): logits = self.head(self.dropout(pooled))
         if labels is None: return ModelOutput(logits=logits)
         smoothing = self.label_smoothing if self.training else 0.
-        return ModelOutput(loss=classification_loss(logits, labels, self.multilabel, smoothing), logits=logits)
+        return ModelOutput(loss=classification_loss(logits, labels, self.multilabel, smoothing, self.class_weights), logits=logits)
 
 # %% ../nbs/02d_dense.ipynb #1b9ecd61
 class DenseTrainer(Trainer):

@@ -202,7 +202,7 @@ class GroundingFitter:
         self.worst = max(self.worst, identity_error(state))
         bias = state.b_eff; bias = (bias.gather(1, predicted[:, None])[:, 0] - (0 if self.multilabel else bias.mean(1))).abs().sum()
         add('bias', bias); add('bias_of', bias + size.sum())
-        own = [{normalise_word(w) for w in text_words(t)} for t in texts]
+        own = [{normalise_word(w) for w in text_words(self.model.read_part(t, max_length))} for t in texts]     # not of a part that was cut off
         add('input', size[torch.tensor([self.names[j] in own[i] for i, j in zip(text.tolist(), ids.tolist())], dtype=torch.bool)].sum())
         rank = reference_ranks(self.reference, self.reference.encode(**batch), text, state.position[text, ids], self.base[ids], self.dims)
         add('reference', size[rank < TOP].sum())

@@ -52,6 +52,7 @@ class HeadStartFitter:
         if asked: y = (y.reshape(len(y), -1) > .5).astype(int).squeeze(1 if self.model.config.num_labels == 1 else ())
         count = np.unique(y, axis=0, return_counts=True)[1]
         if len(count) < 2: raise ValueError("All texts have the same label: nothing to learn.")
+        if not self.total.sum() > 0: raise ValueError("No word is open in any text: lower init_threshold, or raise initial_words.")
         centre = self.total @ self.basis/self.total.sum()
         x = torch.cat(self.features) - torch.cat(self.mass)[:, None]*centre
         scale = x.std(0).mean()

@@ -54,7 +54,7 @@ class LexicalSAEConfig(PreTrainedConfig):
         bandwidth: float = .2,            # width of the gate's surrogate, as a share of the spread of z
         topk_per_position: int = 0,       # inference only; 0: off
         special_token_ids: list|None = None,  # positions of these tokens take no part in pooling
-        start_theta: float|None = None,   # the threshold at which the untrained model was opened; `start_threshold` notes it
+        start_theta: float|None = None,   # the logit above which the untrained model says a word: `initial_words` a text; `start_threshold` notes it
         sense_words: list|None = None,    # ids of the words that have slots for their senses (chapter 00d)
         num_senses: int = 2,              # slots of each of them
         backbone_name: str|None = None,   # where the backbone came from; the frozen reference of grounding
@@ -377,10 +377,11 @@ def start_threshold(self: LexicalSAE,
         else: fitter.update(pooled_decode(seq.h, *self.decoder(), seq.keep, self.open_dims())[0], seq.rows)
     self.train(was_training)
     found = fitter.fit()
+    said = found.theta if number == 'auto' else found.theta - found.shift      # with a number the logits stay as they are
     if number != 'auto': found = Threshold(float(number), found.spread, 0., float('nan'))
     self.activation.set_threshold(found.theta, found.spread)
     self.logit_shift.fill_(found.shift)
-    self.config.start_theta = found.theta
+    self.config.start_theta = said
     return found
 
 def check_texts(texts: list[str]):
@@ -399,6 +400,14 @@ def batch(self: LexicalSAE, texts: list[str], max_length: int|None = None) -> di
     if cut and max_length is None: warnings.warn(f"{cut} of {len(texts)} texts are longer than {limit} tokens and were truncated.")
     enc = tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors='pt')
     return {k: enc[k].to(self.device) for k in ('input_ids', 'attention_mask')}
+
+@patch
+def read_part(self: LexicalSAE, text: str, max_length: int|None = None) -> str:
+    "The part of a text that the model reads: up to the last token that fits."
+    tokenizer, limit = self._need_tokenizer(), min(max_length or 10**9, self.config.max_positions)
+    if len(text) <= limit or not tokenizer.is_fast: return text               # a token has a character at least
+    spans = tokenizer(text, truncation=True, max_length=limit, return_offsets_mapping=True, verbose=False)['offset_mapping']
+    return text[:max(end for _, end in spans)]
 
 # %% ../nbs/01a_model.ipynb #77020f00
 @patch

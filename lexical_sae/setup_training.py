@@ -34,10 +34,11 @@ from .decode import Threshold
 from .dense import DenseClassifier, DenseTrainer, predict_dense
 from .grounding import FrozenReference, WordAssociations, measure_grounding
 from .head_start import start_head, unfold_head
+from .level import set_dropout
 from .model import LexicalSAEForSequenceClassification
 from .optimisation import automatic_batch_size, learning_rate_range_test
 from .results import atomic_write, paired_bootstrap, plain, read_results, write_results
-from .targets import MULTILABEL, right_answers
+from .targets import MULTILABEL, class_weights, right_answers
 from .train import LexicalTrainer, LexicalTrainingArguments
 from .watch import ProgressLines
 
@@ -82,6 +83,7 @@ class TrainingConfig:
         if wrong := sorted(set(self.columns) - {'text_column', 'label_column', 'label_threshold', 'config'}):
             raise ValueError(f"columns has no '{wrong[0]}': give text_column, label_column, label_threshold or config.")
         if wrong := sorted(set(self.dense) - set(DENSE)): raise ValueError(f"dense has no '{wrong[0]}': give learning_rate or head_multiplier.")
+        if self.evaluations < 0: raise ValueError(f"evaluations must be 0 (none) or positive, got {self.evaluations}.")
         if not 0 <= self.validation_share < 1: raise ValueError(f"validation_share must lie in [0, 1), got {self.validation_share}.")
 
 # %% ../nbs/02ca_setup.ipynb #b8c34bd5
@@ -128,7 +130,8 @@ def set_up(config: TrainingConfig) -> Setup:
     kind = dict(problem_type=MULTILABEL) if has_several_labels(data['train']) else {}
     model = LexicalSAEForSequenceClassification.from_backbone(backbone, label_names=class_names_of(data['train']), **kind, **config.model)
     if config.model_name == 'offline': model.config.backbone_name = 'minilm-mlm'
-    threshold = model.start_threshold(data['train']['text'][:256])
+    sample = np.random.default_rng(config.seed).permutation(len(data['train']))[:256]       # files may be sorted by class
+    threshold = model.start_threshold(data['train'].select(np.sort(sample))['text'][:])
     length = config.max_length or automatic_max_length(data, model.tokenizer, model.config.max_positions)
     batch = config.batch_size or automatic_batch_size(model.backbone.config, length)
     return Setup(config, data, tokenize_texts(data, model.tokenizer, length), model, FrozenReference.of(model), threshold,
@@ -166,7 +169,8 @@ def arguments_for(setup: Setup) -> LexicalTrainingArguments:
     "The arguments of the run that the config describes."
     config, kept = setup.config, {}
     if 'validation' in setup.tokens and config.evaluations:
-        often = dict(eval_steps=1/config.evaluations, save_steps=1/config.evaluations)
+        share = min(1/config.evaluations, .999)                          # of all steps; 1 would mean every step
+        often = dict(eval_steps=share, save_steps=share)
         kept = dict(**often, eval_strategy='steps', save_strategy='steps', save_total_limit=1, load_best_model_at_end=True)
     ours = dict(head_multiplier=2. if config.head_start else 10., gate_learning_rate=2e-3, anchor_weight=2.,   # a fitted head needs no haste
                 per_device_eval_batch_size=2*setup.batch_size)
@@ -189,16 +193,19 @@ def _batches(setup, rows, limit=None):
     return [setup.collator([rows[j] for j in range(i, min(i + setup.batch_size, len(rows)))]) for i in starts]
 
 def _prepare(setup, args, learned):
-    "Learning rate from a range test, and a head start, where the config wants them."
-    config = setup.config
-    if config.learning_rate is None:
-        keep = ('input_ids', 'attention_mask', 'labels')
-        test = learning_rate_range_test(setup.model, [{k: b[k] for k in keep} for b in _batches(setup, learned, 100)], head_multiplier=args.head_multiplier)
-        args.learning_rate = test.suggestion
-        print(f'learning rate {test.suggestion:.1e} from a range test', flush=True)
+    "A head start, and the learning rate from a range test on what is trained then, where the config wants them."
+    config, model = setup.config, setup.model
     if config.head_start:
-        with torch.autocast('cpu', torch.bfloat16, enabled=args.bf16): begun = start_head(setup.model, _batches(setup, learned), config.seed)
+        with torch.autocast('cpu', torch.bfloat16, enabled=args.bf16): begun = start_head(model, _batches(setup, learned), config.seed)
         print(f'head start: {begun.accuracy:.3f} of {begun.texts} training texts right without a training step', flush=True)
+    if config.learning_rate is not None: return
+    model.label_smoothing = args.label_smoothing
+    if args.class_weights is not None: model.class_weights = class_weights(learned['labels'][:], len(setup.names), args.class_weights, setup.multilabel)
+    if args.backbone_dropout is not None: set_dropout(model.backbone, args.backbone_dropout)
+    keep = ('input_ids', 'attention_mask', 'labels')
+    test = learning_rate_range_test(model, [{k: b[k] for k in keep} for b in _batches(setup, learned, 100)], head_multiplier=args.head_multiplier)
+    args.learning_rate = test.suggestion
+    print(f'learning rate {test.suggestion:.1e} from a range test', flush=True)
 
 def timed(trainer, checkpoint: str|None = None, every: int = 60) -> float:  # seconds per step
     "Train with a line of progress now and then."
@@ -207,19 +214,25 @@ def timed(trainer, checkpoint: str|None = None, every: int = 60) -> float:  # se
     trainer.train(resume_from_checkpoint=checkpoint)
     return (time.perf_counter() - begin)/max(1, trainer.state.global_step - steps)
 
+_NOT_THE_TWINS = ('learning_rate', 'logging_steps', 'save_strategy', 'save_steps', 'save_total_limit', 'eval_strategy', 'eval_steps', 'eval_on_start', 'load_best_model_at_end', 'report_to',
+                  'disable_tqdm', 'use_cpu', 'remove_unused_columns', 'optim')    # what is common to both trainers and changes nothing in the twin
+
 def _twin_key(setup):
     "What a kept twin depends on."
     config = setup.config
-    asked = {k: v for k, v in common_arguments(setup).items() if k in RECIPE or k in ('per_device_train_batch_size', 'gradient_accumulation_steps', 'seed', 'max_steps', 'bf16')}
-    return plain(asked | DENSE | config.dense | dict(data=fingerprint(setup.data['train']), backbone=config.model_name, length=setup.max_length))
+    asked = {k: v for k, v in common_arguments(setup).items() if k not in _NOT_THE_TWINS}
+    shared = {k: config.training.get(k) for k in ('label_smoothing', 'class_weights')}
+    return plain(asked | shared | DENSE | config.dense | dict(data=fingerprint(setup.data['train']), backbone=config.model_name, length=setup.max_length))
 
 def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # on the CPU; seconds per step
     "The dense twin, trained on the same texts for as many epochs, or read from the folder that keeps it."
     config = setup.config
     kept, key, own = Path(config.twin) if config.twin else None, _twin_key(setup), DENSE | config.dense
     set_seed(config.seed)
-    twin = DenseClassifier(AutoModel.from_pretrained(setup.backbone, dtype=torch.float32, use_safetensors=True), len(setup.names),
-                           label_smoothing=config.training.get('label_smoothing', LexicalTrainingArguments.label_smoothing), multilabel=setup.multilabel)
+    asked = config.training.get('class_weights')
+    weights = None if asked is None else class_weights(setup.tokens['train']['labels'][:], len(setup.names), asked, setup.multilabel)
+    twin = DenseClassifier(AutoModel.from_pretrained(setup.backbone, dtype=torch.float32, use_safetensors=True), len(setup.names), multilabel=setup.multilabel,
+                           label_smoothing=config.training.get('label_smoothing', LexicalTrainingArguments.label_smoothing), class_weights=weights)
     if kept and (kept/'twin.json').exists():
         found = json.loads((kept/'twin.json').read_text())
         if changed := sorted(k for k, v in key.items() if found['key'].get(k) != v):
@@ -242,7 +255,7 @@ def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # on the CPU; sec
 
 def _checkpoint_to_resume(setup, folder, first) -> str|None:
     "The last checkpoint of a run that was killed; ValueError if it is another config's. The `first` process notes whose they are."
-    left_out = ('output_dir', 'source', 'test_samples', 'twin', 'dense')
+    left_out = ('output_dir', 'source', 'test_samples', 'twin')
     key = plain({k: v for k, v in asdict(setup.config).items() if k not in left_out} | dict(data=fingerprint(setup.data['train'])))
     folder, note = Path(folder), Path(folder)/'config.json'
     found = get_last_checkpoint(folder) if folder.is_dir() else None
@@ -290,6 +303,8 @@ def measure_trained(
     "Accuracy, sparsity, exactness and grounding on the test texts."
     setup, model = trained.setup, trained.model
     positive = setup.names.index(positive_class) if positive_class in setup.names else None
+    if positive_class is not None and positive is None:
+        warnings.warn(f"lexicon_agreement is left out: '{positive_class}' is none of the classes {', '.join(setup.names)}; name one as positive_class.")
     found = measure_grounding(model, setup.data['test']['text'][:], setup.tokens['test']['labels'][:], setup.reference.cpu(), setup.associations, positive,
                               max_length=setup.max_length)
     metrics, right = _judge(setup, _LogitsOnly(model))
@@ -349,7 +364,7 @@ def run_arm(
     elsewhere: dict[str, str]|None = None,  # other tasks on which the arm is tested too: see `measure_elsewhere`
 ) -> dict:                             # the results; ValueError if the folder holds an arm with another config
     "Train, measure and write one arm, unless its results are there already."
-    out, parameters = Path(config.output_dir), {k: v for k, v in asdict(config).items() if k not in ('output_dir', 'source', 'twin')} | {'dense': dense}
+    out, parameters = Path(config.output_dir), {k: v for k, v in asdict(config).items() if k not in ('output_dir', 'source', 'twin')} | {'dense_alone': dense}
     if (out/'results.json').exists():
         found = read_results(out)
         changed = sorted(k for k, v in parameters.items() if found['parameters'].get(k) != plain(v))

@@ -299,7 +299,7 @@ class LexicalTrainer(CheckpointingTrainer):
         self.step_terms = []
         self._move_trackers()
         self.active_ema = mean['active'] if self.active_ema is None else .95*self.active_ema + .05*mean['active']
-        if self.state.global_step <= self.args.warmup_fraction*self.state.max_steps: self.geco.observe(mean['ce'])     # the step is counted already
+        if self.warming_up: self.geco.observe(mean['ce'])
         else: self.geco.update(mean['ce'], self.active_ema)
         self._follow_schedule(mean['active'])
         self.closed_steps = self.closed_steps + 1 if mean['active'] < .5 else 0

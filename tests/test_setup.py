@@ -1,0 +1,58 @@
+"What a config becomes before anything is trained."
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import BertConfig, BertModel
+
+from lexical_sae.data import load_task, offline_backbone
+from lexical_sae.dense import DenseClassifier
+from lexical_sae.grounding import FrozenReference, measure_grounding
+from lexical_sae.model import LexicalSAEForSequenceClassification
+from lexical_sae.setup_training import TrainingConfig, arguments_for, fit_dense, set_up
+from lexical_sae.setup_training import _twin_key
+
+@pytest.fixture
+def csv(tmp_path):
+    path = tmp_path/'mine.csv'
+    path.write_text('text,label\n' + ''.join(f'a {w} film,{label}\n' for w, label in (('good', 'pos'), ('dull', 'neg'), ('bad', 'neg'))*8))
+    return str(path)
+
+def config(csv, **given): return TrainingConfig(dataset_name='mine', source=csv, max_length=16, batch_size=8, **given)
+
+def test_a_dataset_may_be_named_by_its_path(csv):
+    by_name, by_source = load_task(csv), load_task('mine', csv)
+    assert by_name['train'][:] == by_source['train'][:] and by_name['test'][:] == by_source['test'][:]
+
+def test_the_twin_learns_with_the_same_class_weights(csv, tmp_path):
+    torch.manual_seed(0)
+    encoder = BertModel(BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    twin, ids, labels = DenseClassifier(encoder, 2, class_weights=torch.tensor([1., 3.])).eval(), torch.tensor([[5, 6], [7, 8]]), torch.tensor([0, 1])
+    out = twin(ids, labels=labels)
+    assert out['loss'].item() == pytest.approx(F.cross_entropy(out['logits'], labels, weight=torch.tensor([1., 3.])).item())
+    setup = set_up(config(csv, output_dir=str(tmp_path), training=dict(max_steps=1, warmup_steps=0, class_weights='balanced')))
+    yes = torch.bincount(torch.tensor(setup.tokens['train']['labels'][:]))
+    assert torch.allclose(fit_dense(setup)[0].class_weights, len(setup.tokens['train'])/(2*yes))
+
+def test_a_kept_twin_depends_on_what_it_is_trained_with(csv):
+    key = lambda **training: _twin_key(set_up(config(csv, training=training)))
+    assert key() == key(anchor_weight=3., optim='schedule_free_adamw', logging_steps=7)
+    for changed in (dict(label_smoothing=.3), dict(class_weights='balanced'), dict(max_grad_norm=.1), dict(weight_decay=.1)): assert key(**changed) != key()
+
+def test_one_evaluation_is_one(csv):
+    setup = set_up(config(csv, evaluations=1, validation_share=.3))
+    assert 0 < arguments_for(setup).eval_steps < 1                        # a share of all steps; 1 is every step
+    with pytest.raises(ValueError, match='evaluations must be'): config(csv, evaluations=-1)
+
+def test_the_reference_says_the_same_words_wherever_the_gates_start():
+    auto, number = (LexicalSAEForSequenceClassification.from_backbone(str(offline_backbone()), num_labels=2, init_threshold=start) for start in ('auto', 1.))
+    assert number.activation.theta[0].item() == pytest.approx(1.)
+    assert number.config.start_theta + auto.logit_shift.item() == pytest.approx(auto.config.start_theta) and number.config.start_theta > 2
+
+def test_words_that_are_not_read_are_no_words_of_the_text():
+    model = LexicalSAEForSequenceClassification.from_backbone(str(offline_backbone()), num_labels=2, initial_words=60, classifier_hidden=0)
+    with torch.no_grad(): model.head.fc2.weight.normal_()
+    text, reference = 'the film was', FrozenReference.of(model)
+    share = lambda t: measure_grounding(model, [t], reference=reference, max_length=5).input_share
+    with torch.no_grad(): said = model.classify(model.encode(**model.batch([text]))).sparse_vector[0].topk(20).indices
+    assert share(text + ' ' + ' '.join(model.words[i] for i in said.tolist())) == pytest.approx(share(text)) and share(text) < 1

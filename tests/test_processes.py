@@ -51,6 +51,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(runs):
     assert two['active'] == pytest.approx(one['active'], rel=1e-3)
     assert two['weights'] == pytest.approx(one['weights'], rel=1e-3, abs=1e-3)
     assert [h['lambda'] for h in two['log']] == pytest.approx([h['lambda'] for h in one['log']], rel=1e-3)
+    assert max(h['lambda'] for h in one['log']) > 1.05
     assert any('band' in h for h in two['log'])                          # the term that is a logarithm of a mean was on
     for k in ('eval_ce', 'eval_accuracy', 'eval_active', 'eval_reference_share'):    # of 27 texts: the last batches are filled up with others
         assert two['evaluation'][k] == pytest.approx(one['evaluation'][k], rel=1e-3, abs=1e-4), k

@@ -58,7 +58,7 @@ def main(folder, *options):
     stop = {k: given.pop(k) for k in ('stop_in_checkpoint', 'stop_at_step') if k in given}
     dropout, held_out, uneven = given.pop('dropout', 0.), given.pop('held_out', 0), given.pop('uneven', False)
     settings = dict(max_steps=24, backbone_dropout=None, per_device_train_batch_size=16, learning_rate=5e-3, logging_steps=1, report_to='none', save_strategy='no',
-        use_cpu=True, disable_tqdm=True, active_target=4., anchor_margin=1., warmup_fraction=.25, revival_weight=.01, separation_weight=.1,
+        use_cpu=True, disable_tqdm=True, active_target=4., anchor_margin=1., warmup_fraction=.25, target_accuracy=.97, revival_weight=.01, separation_weight=.1,
         adam_epsilon=1e-6) | given                                       # a gradient that is rounding alone moves nothing
     trainer = Slow(model(dropout), LexicalTrainingArguments(folder, **settings), train_dataset=texts(uneven=uneven),
         eval_dataset=texts(held_out, uneven) if held_out else None, data_collator=collate, **stop)

@@ -318,15 +318,21 @@ class LexicalTrainer(CheckpointingTrainer):
         if slow is not None: slow.add_(move)                             # schedule-free: what it averages moves too, or it pulls the level back
         if self.eval_dataset is not None and step % _LOOK_EVERY == 0: self.level.observe_held_out(self._held_out_active(step//_LOOK_EVERY - 1))
 
-    def settle_level(self):
+    def settle_level(self) -> float|None:                                # open words of held-out texts
         "Hold K on the held-out texts, where there are any, in the precision in which the model will be read: low thresholds tell bfloat16's rounding from a word."
         evaluation_mode(self.optimizer)                                  # schedule-free: the averaged weights are the model, held-out texts or not
         if self.level is None or self.eval_dataset is None: return
         turns = range(max(1, min(_LOOK_BATCHES, len(self.eval_dataset)//self.args.per_device_eval_batch_size)))
-        active = self.level.settle(self._net.activation, lambda: sum(self._held_out_active(t, exact=True) for t in turns)/len(turns))
+        return self.level.settle(self._net.activation, lambda: sum(self._held_out_active(t, exact=True) for t in turns)/len(turns))
+
+    def finish(self):
+        "After the last step: settle the level, and say it where the words are too many or too few."
+        active, K = self.settle_level(), self.args.active_target
+        if active is None: return
         if active < .5: self._stop_closed()
-        if active > 1.05*self.args.active_target:
-            warnings.warn(f"Held-out texts open {active:.0f} words, more than the {self.args.active_target:g} asked for: train longer, or raise active_target.")
+        if active > 1.05*K: warnings.warn(f"Held-out texts open {active:.0f} words, more than the {K:g} asked for: train longer, or raise active_target.")
+        if active < K/4: warnings.warn(f"Held-out texts open {active:.1f} words where {K:g} are allowed, and so few may be codes of the classes: look at them. "
+                                       "A wider anchor_margin, a lower anchor_weight or a lower learning_rate keeps more.")
 
     @contextmanager
     def _as_settled(self):
@@ -425,4 +431,4 @@ class _DualStep(TrainerCallback):
     "Calls the trainer's dual step after each optimiser step."
     def __init__(self, trainer): self.trainer = trainer
     def on_step_end(self, args, state, control, **kwargs): self.trainer.dual_step()
-    def on_train_end(self, args, state, control, **kwargs): self.trainer.settle_level()
+    def on_train_end(self, args, state, control, **kwargs): self.trainer.finish()

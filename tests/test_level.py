@@ -38,7 +38,7 @@ def test_schedule_free_averages_do_not_pull_the_level_back(tmp_path):
     trainer = run(tmp_path, max_steps=24, optim='schedule_free_adamw', gate_learning_rate=0., warmup_fraction=.25)
     moved, step = [], trainer.level.step
     trainer.level.step = lambda *given: moved.append(step(*given)) or moved[-1]
-    trainer.settle_level = lambda: None
+    trainer.finish = lambda: None
     begun = trainer.model.activation.log_theta.detach().mean().item()
     trainer.train()
     assert abs(sum(moved)) > .05 and trainer.model.activation.log_theta.detach().mean().item() - begun == pytest.approx(sum(moved), rel=.1)
@@ -47,3 +47,10 @@ def test_trackers_and_constraint_move_once_per_optimiser_step(tmp_path):
     trainer = run(tmp_path, max_steps=10, per_device_train_batch_size=4, gradient_accumulation_steps=4, separation_weight=.1, warmup_fraction=.2)
     trainer.train()
     assert int(trainer.level.steps) == 10 and int(trainer.frequencies.updates) == 9 and int(trainer.frequencies.texts) == 16
+
+def test_too_few_words_are_said(tmp_path):
+    trainer = run(tmp_path, max_steps=2, active_target=60., level_rate=1e-6)
+    trainer.level.settle = lambda gate, measure: 3.
+    with pytest.warns(UserWarning, match='3.0 words where 60 are allowed'): trainer.train()
+    trainer.level.settle = lambda gate, measure: 0.
+    with pytest.raises(RuntimeError, match='All gates closed'): trainer.finish()

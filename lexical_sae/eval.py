@@ -29,6 +29,7 @@ from .ner import PredictionCollector, tag_batches
 from .results import atomic_write, plain
 from .scaling import measure_scaling
 from .tag_explain import TagCircuitFitter, TagGroundingFitter, tag_associations, tag_type
+from .targets import is_multilabel
 
 # %% ../nbs/05_eval.ipynb #7aafc02e
 TIERS = ('accuracy', 'identity', 'grounding', 'circuits', 'faithfulness', 'layers', 'scaling', 'comparisons')
@@ -38,7 +39,7 @@ CHEAP = TIERS[:4]
 class EvaluationData:
     "Held-out texts (or sentences of words, for a tagger), and what some tiers need beside them."
     texts: list                          # [n] strings; for a tagger lists of words
-    labels: list|None = None             # [n] class ids; for a tagger lists of tags
+    labels: list|None = None             # [n] class ids, or rows of 0 and 1 where every class is a yes or no; for a tagger lists of tags
     train_texts: list|None = None        # for associations, the training mean of closed words, and baselines
     train_labels: list|None = None
     positive_class: str|int|None = None  # sentiment: the class that a positive lexicon entry speaks for
@@ -113,7 +114,8 @@ class MechanisticReport:
 def _classifier_pass(model, data, max_length, **_):
     "Grounding, exactness, sparsity and accuracy."
     C, associations = model.config.num_labels, None
-    if data.train_texts is not None and data.train_labels is not None: associations = WordAssociations.fit(data.train_texts, data.train_labels, C)
+    known = data.train_texts is not None and data.train_labels is not None and not is_multilabel(model.config)
+    if known: associations = WordAssociations.fit(data.train_texts, data.train_labels, C)
     reference, positive = data.reference or FrozenReference.load(model).to(model.device), _class(model, data.positive_class)
     return measure_grounding(model, data.texts, data.labels, reference, associations, positive, max_length=max_length).to_dict()
 
@@ -216,7 +218,7 @@ def _tag_separation(grounding):
 def evaluate(
     model: LexicalSAE,
     data: EvaluationData,
-    tiers: tuple = CHEAP,            # of `TIERS`
+    tiers: tuple|None = None,        # of `TIERS`; None: the cheap ones that this model can be asked
     seed: int = 0,
     max_length: int|None = None,     # tokens; None: the model's limit, up to which `faithfulness` always reads
     limit: int = 200,                # texts for what reads a text many times (words of faithfulness, layers); 0: all
@@ -238,15 +240,21 @@ def _is_tagger(model): return isinstance(model, LexicalSAEForTokenClassification
 
 def _checked(model, data, tiers):
     "Each tier once; a sentence for what cannot be measured."
-    tiers = tuple(dict.fromkeys(tiers))
+    may, why = _askable(model)
+    tiers = tuple(dict.fromkeys([t for t in CHEAP if t in may] if tiers is None else tiers))
     if unknown := [t for t in tiers if t not in TIERS]: raise ValueError(f"Unknown tier '{unknown[0]}': choose from {', '.join(TIERS)}.")
     if not tiers: raise ValueError(f"No tier was asked for: choose from {', '.join(TIERS)}.")
     if not data.texts: raise ValueError("There is no text to evaluate on: pass at least one.")
     if 'accuracy' in tiers and data.labels is None: raise ValueError("Accuracy needs labels: give them, or leave the tier out.")
     if not _is_tagger(model): check_texts(data.texts)
-    elif beyond := [t for t in tiers if t not in CHEAP]:
-        raise ValueError(f"The tier '{beyond[0]}' asks about texts: for a tagger choose from {', '.join(CHEAP)}.")
+    if beyond := [t for t in tiers if t not in may]: raise ValueError(f"The tier '{beyond[0]}' {why} choose from {', '.join(may)}.")
     return tiers
+
+def _askable(model):
+    "The tiers that a model can be asked, and why no others."
+    if _is_tagger(model): return CHEAP, 'asks about texts: for a tagger'
+    if is_multilabel(model.config): return TIERS[:3], 'compares the classes of a text: where every class is a yes or no'
+    return TIERS, ''
 
 class _Clock:
     "Runs tiers and remembers how long each took; those that share a pass share its time."

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from lexical_sae.circuits import CompletenessFitter, SeparationFitter, circuit_sizes, separate
 from lexical_sae.entities import entity_scores
 from lexical_sae.eval import CHEAP, TIERS, EvaluationData, MechanisticReport, evaluate
+from lexical_sae.faithfulness import measure_faithfulness
 from lexical_sae.grounding import FrozenReference, centred_contributions
 from lexical_sae.model import LexicalSAEForSequenceClassification, LexicalSAEForTokenClassification
 from lexical_sae.ner import predict_tags, tag_batches
@@ -253,3 +254,17 @@ def test_tagger_tiers_alone_and_without_labels(tagger):
     full = figures(tagged(tagger))
     for tier in CHEAP: assert figures(tagged(tagger, (tier,)))[tier] == full[tier]
     assert set(tagged(tagger, CHEAP[1:], labels=None).tiers) == set(CHEAP[1:])
+
+# ---- where every class is a yes or no ----------------------------------------------------------------------------
+@pytest.mark.parametrize('names', [['toxic'], ['funny', 'sad'], ['funny', 'sad', 'long']], ids=['one', 'two', 'three'])
+def test_yes_and_no_are_measured_where_they_can_be(names):
+    made = build(LexicalSAEForSequenceClassification, names, problem_type='multi_label_classification')
+    said = (classified(made, TEXTS[:20]).logits > 0).int()
+    labels = said[:, 0].tolist() if len(names) == 1 else said.tolist()     # one column may come as plain numbers
+    held = data(made, labels=labels, train_labels=labels)
+    found = evaluate(made, held)
+    assert list(found.tiers) == ['accuracy', 'identity', 'grounding'] and found['accuracy']['accuracy'] == 1
+    assert found['identity']['identity_error'] <= 1e-5 and 'association_agreement' not in found['grounding']
+    for tier in TIERS[3:]:
+        with pytest.raises(ValueError, match=f"The tier '{tier}' compares the classes of a text"): evaluate(made, held, (tier,))
+    with pytest.raises(ValueError, match='Every class of this model is a yes or no'): measure_faithfulness(made, TEXTS[:2], ('random',))

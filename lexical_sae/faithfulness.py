@@ -29,6 +29,7 @@ from .words import word_spans
 
 # %% ../nbs/05a_faithfulness.ipynb #6991c291
 BINS = (.01, .05, .1, .2, .5)   # shares of ERASER (1911.03429)
+COUNTS = (1, 2, 5, 10)          # units removed, for removability
 
 def best_units(
     scores: Tensor,      # [B,X] larger: more important
@@ -239,13 +240,14 @@ def words_curve(
 def greedy_word_scores(
     model: LexicalSAE|Reader,
     text: str,
-    share: float = .5,        # of the words put in order; the others follow by their contribution
+    share: float|None = None, # of the words put in order, the others follow by their contribution; None: as many as `BINS` and `COUNTS` remove
 ) -> Tensor:                  # [n words]
-    "The greedy oracle on words: for n words about share n^2 readings of the text."
+    "The greedy oracle on words: for n words at most n readings of the text a step."
     reader, n = Reader.of(model), len(word_spans(text))
     drop, scores, c = [False]*n, word_scores(reader, text) if reader.exact else torch.zeros(n), int(reader.read([text]).argmax())
     floor = scores.abs().max().item() + 1
-    for step in range(max(1, math.ceil(share*n))):
+    steps = math.ceil(share*n) if share is not None else max(math.ceil(max(BINS)*n), min(n, max(COUNTS)))
+    for step in range(max(1, steps)):
         trials = [j for j in range(n) if not drop[j]]
         logits = reader.read([erase_words(text, [d or i == j for i, d in enumerate(drop)], reader.empty) for j in trials])
         j = trials[logits.log_softmax(-1)[:, c].argmin()]
@@ -253,8 +255,6 @@ def greedy_word_scores(
     return scores
 
 # %% ../nbs/05a_faithfulness.ipynb #08f127c1
-COUNTS = (1, 2, 5, 10)   # units removed, for removability
-
 def _row(shares: ErasureCurve, counts: ErasureCurve, bins):
     "One line of the table."
     row = {f'comprehensiveness@{b:g}': v for b, v in zip(bins, shares.comprehensiveness.tolist())}

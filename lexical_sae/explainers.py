@@ -117,7 +117,8 @@ def _by_deletion(reader, text, n, c, method, samples, seed):
         return centred(reader.read(texts), c)
     torch.manual_seed(seed); np.random.seed(seed)
     ones = torch.ones(1, n)
-    if method == 'occlusion': return FeatureAblation(f).attribute(ones, perturbations_per_eval=min(64, n))[0]
+    if method == 'occlusion' or method == 'kernel_shap' and n == 1:      # of one word alone the Shapley value is its loss
+        return FeatureAblation(f).attribute(ones, perturbations_per_eval=min(64, n))[0]
     if method == 'kernel_shap': return KernelShap(f).attribute(ones, n_samples=samples, perturbations_per_eval=64)[0]
     return Lime(f, interpretable_model=SkLearnLasso(alpha=.001)).attribute(ones, n_samples=samples, perturbations_per_eval=64)[0]
 

@@ -135,6 +135,12 @@ def test_all_methods_on_both_networks(model, twin, tokenizer):
         assert list(scores) == list(methods) == list(table.index)
         assert all(len(s) == len(word_spans(t)) and s.isfinite().all() for found in scores.values() for s, t in zip(found, TEXTS))
 
+@pytest.mark.parametrize('method', WORD_METHODS)
+def test_a_text_of_one_word_is_explained(model, method):
+    found = explain_words(model, 'superb', method, samples=20, steps=4)
+    assert found.scores.shape == (1,) and found.scores.isfinite().all()
+    if method == 'kernel_shap': assert found.scores.item() == pytest.approx(explain_words(model, 'superb', 'occlusion').scores.item())
+
 @pytest.mark.parametrize('classes', [2, 3])
 def test_word_scores_are_the_explanations_less_the_average_class(tokenizer, classes):
     made = build(tokenizer, [f'c{i}' for i in range(classes)])

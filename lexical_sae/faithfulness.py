@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from sklearn.metrics import auc, average_precision_score, f1_score, precision_recall_curve, roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -329,20 +329,27 @@ def _span_matches(mine, theirs):
     hits = sum(any(2*len(x & y) >= len(x | y) for y in b) for x in a)    # no span can match two
     return hits/len(a), hits/len(b)
 
+def _area(marks, scores):
+    "Area under precision over recall, by trapezoids."
+    precision, recall, _ = precision_recall_curve(marks, scores)
+    return auc(recall, precision)
+
 def rationale_agreement(
     scores: list[Tensor],         # for each text one number per word
     rationales: list[Tensor],     # for each text one bool per word
     share: float|None = None,     # words taken; None: as many as the rationales mark on average
 ) -> dict:
-    "Token F1, IOU F1 of spans (at half) and AUPRC (1911.03429) over texts that have a rationale."
+    "Token F1, IOU F1 of spans (at half), AUPRC and average precision (1911.03429) over texts that have a rationale."
     pairs = [(s, r.bool()) for s, r in zip(scores, rationales) if r.any()]
     if not pairs: raise ValueError("No text has a rationale: nothing to agree with.")
     if bad := [i for i, (s, r) in enumerate(pairs) if len(s) != len(r)]: raise ValueError(f"Text {bad[0]} has {len(pairs[bad[0]][0])} scores but {len(pairs[bad[0]][1])} marks.")
     share = float(np.mean([r.float().mean() for _, r in pairs])) if share is None else share
     mine = [_best_words(s, share) for s, _ in pairs]
     p, r = np.mean([_span_matches(m, marked) for m, (_, marked) in zip(mine, pairs)], axis=0)
-    f1, area = [f1_score(r, m) for m, (_, r) in zip(mine, pairs)], [average_precision_score(r, s) for s, r in pairs]
-    return dict(token_f1=float(np.mean(f1)), iou_f1=float(2*p*r/max(p + r, 1e-12)), auprc=float(np.mean(area)), share=share, texts=len(pairs))
+    f1 = [f1_score(marked, m) for m, (_, marked) in zip(mine, pairs)]
+    area, steps = ([of(marked, s) for s, marked in pairs] for of in (_area, average_precision_score))
+    return dict(token_f1=float(np.mean(f1)), iou_f1=float(2*p*r/max(p + r, 1e-12)), auprc=float(np.mean(area)), average_precision=float(np.mean(steps)),
+                share=share, texts=len(pairs))
 
 # %% ../nbs/05a_faithfulness.ipynb #fc263184
 @torch.no_grad()
@@ -369,5 +376,5 @@ def _distances(train, plain, changed):
     columns = (train > 0).any(0) | (plain > 0).any(0)                    # the others are zero everywhere
     near = NearestNeighbors(n_neighbors=1, metric='cosine').fit(train[:, columns].numpy())
     distance = {name: near.kneighbors(x[:, columns].numpy())[0][:, 0] for name, x in ({'unchanged': plain} | changed).items()}
-    auc = lambda x: float(roc_auc_score(np.repeat([0, 1], [len(plain), len(x)]), np.r_[distance['unchanged'], x]))
-    return {name: dict(distance=float(np.median(x)), auc=auc(x)) for name, x in distance.items()}
+    told = lambda x: float(roc_auc_score(np.repeat([0, 1], [len(plain), len(x)]), np.r_[distance['unchanged'], x]))
+    return {name: dict(distance=float(np.median(x)), auc=told(x)) for name, x in distance.items()}

@@ -119,7 +119,7 @@ def test_off_distribution_erases_what_was_asked_for(model):
 def test_iou_is_one_for_the_same_marks_and_needs_lengths():
     marks = [torch.tensor([0, 1, 1, 0, 1]).bool(), torch.tensor([1, 0, 0, 0, 0]).bool()]
     found = rationale_agreement([m.float() for m in marks[:1]], marks[:1])
-    assert found == pytest.approx(dict(token_f1=1, iou_f1=1, auprc=1, share=.6, texts=1))
+    assert found == pytest.approx(dict(token_f1=1, iou_f1=1, auprc=1, average_precision=1, share=.6, texts=1))
     with pytest.raises(ValueError, match='Text 1 has 4 scores but 5 marks'): rationale_agreement([torch.ones(5), torch.ones(4)], marks)
 
 def test_iou_averages_precision_and_recall_before_f1():

@@ -100,8 +100,8 @@ def _by_gradient(reader, text, c, steps):
     f = lambda ids, mask: centred(reader.logits(ids, mask.expand(len(ids), -1), keep), c)
     layer, delta = reader.embeddings, None
     if steps:
-        found, gap = LayerIntegratedGradients(f, layer).attribute(ids, baselines=base, additional_forward_args=mask, n_steps=steps, internal_batch_size=16, return_convergence_delta=True)
-        delta = _relative(gap, found)
+        found = LayerIntegratedGradients(f, layer).attribute(ids, baselines=base, additional_forward_args=mask, n_steps=steps, internal_batch_size=16)
+        delta = _relative(found.sum() - _difference(f, layer, ids, base, mask), found)
     else:
         kept = []
         hook = layer.register_forward_hook(lambda module, args, out: kept.append(out.requires_grad_()) if not kept else None)
@@ -109,6 +109,15 @@ def _by_gradient(reader, text, c, steps):
         finally: hook.remove()
         found = grad*kept[0]
     return reader.to_words(found[0].sum(-1).detach(), text), delta
+
+@torch.no_grad()
+def _difference(f, layer, ids, base, mask):
+    "What the path adds up to: both ends at the ids' own positions, which a RoBERTa would not give to padding tokens."
+    blank = layer(base)                                                  # [1,L,D]
+    hook = layer.register_forward_hook(lambda *_: blank)
+    try: start = f(ids, mask)
+    finally: hook.remove()
+    return f(ids, mask) - start
 
 def _by_deletion(reader, text, n, c, method, samples, seed):
     "Perturb which words are there; rows of zeros and ones stand for texts."

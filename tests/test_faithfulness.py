@@ -141,6 +141,15 @@ def test_a_text_of_one_word_is_explained(model, method):
     assert found.scores.shape == (1,) and found.scores.isfinite().all()
     if method == 'kernel_shap': assert found.scores.item() == pytest.approx(explain_words(model, 'superb', 'occlusion').scores.item())
 
+def test_integrated_gradients_converge_where_padding_has_no_position(tokenizer):
+    "RoBERTa counts the tokens that are no padding: a baseline of padding tokens, read as ids, would stand at other positions than the path."
+    torch.manual_seed(0)
+    shape = dict(vocab_size=30522, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, max_position_embeddings=40,
+                 pad_token_id=tokenizer.pad_token_id, initializer_range=.5)
+    reader = Reader(DenseClassifier(RobertaModel(RobertaConfig(**shape), add_pooling_layer=False)).eval(), tokenizer)
+    gaps = [sum(explain_words(reader, t, 'integrated_gradients', steps=n).delta for t in TEXTS)/len(TEXTS) for n in (4, 32, 256)]
+    assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < .005
+
 @pytest.mark.parametrize('classes', [2, 3])
 def test_word_scores_are_the_explanations_less_the_average_class(tokenizer, classes):
     made = build(tokenizer, [f'c{i}' for i in range(classes)])

@@ -21,7 +21,7 @@ from .baselines import measure_baselines
 from .circuits import CompletenessFitter, SeparationFitter, separate
 from .dense import DenseClassifier
 from .entities import entity_scores
-from .faithfulness import measure_faithfulness, off_distribution
+from .faithfulness import Reader, measure_faithfulness, off_distribution
 from .grounding import FrozenReference, WordAssociations, measure_grounding, sentiment_lexicon
 from .layerwise import measure_layers
 from .model import LexicalSAE, LexicalSAEForTokenClassification, check_texts
@@ -140,11 +140,11 @@ def _circuits(model, data, max_length, **_):
 
 def _faithfulness(model, data, max_length, seed, limit, **_):
     "Dimensions on all texts, words of the input on a sample."
-    texts = _sample(data.texts, limit, seed)
-    out = {'dims': measure_faithfulness(model, data.texts, ('dla', 'random', 'greedy'), seed=seed).to_dict('index'),
-           'words': measure_faithfulness(model, texts, ('dla', 'random'), level='words', seed=seed).to_dict('index')}
+    texts, reader = _sample(data.texts, limit, seed), Reader(model, max_length=max_length)
+    out = {'dims': measure_faithfulness(reader, data.texts, ('dla', 'random', 'greedy'), seed=seed).to_dict('index'),
+           'words': measure_faithfulness(reader, texts, ('dla', 'random'), level='words', seed=seed).to_dict('index')}
     panels = {f'comprehensiveness, {level}': {name: row['comprehensiveness'] for name, row in rows.items()} for level, rows in out.items()}
-    if data.train_texts: out['distance_to_training'] = off_distribution(model, _sample(data.train_texts, 2000, seed), texts)
+    if data.train_texts: out['distance_to_training'] = off_distribution(reader, _sample(data.train_texts, 2000, seed), texts)
     return out, Bars(panels)
 
 def _layers(model, data, max_length, seed, limit, **_):
@@ -220,7 +220,7 @@ def evaluate(
     data: EvaluationData,
     tiers: tuple|None = None,        # of `TIERS`; None: the cheap ones that this model can be asked
     seed: int = 0,
-    max_length: int|None = None,     # tokens; None: the model's limit, up to which `faithfulness` always reads
+    max_length: int|None = None,     # tokens; None: the model's limit
     limit: int = 200,                # texts for what reads a text many times (words of faithfulness, layers); 0: all
     report: Callable = lambda line: None,   # told when a tier is done, such as `print`
 ) -> MechanisticReport:

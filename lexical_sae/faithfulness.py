@@ -8,6 +8,7 @@ __all__ = ['BINS', 'COUNTS', 'best_units', 'ErasureCurve', 'dims_curve', 'greedy
 
 # %% ../nbs/05a_faithfulness.ipynb #1babc16d
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -126,7 +127,7 @@ class Reader:
     def __init__(self,
         model: LexicalSAE|DenseClassifier,
         tokenizer=None,                   # needed for the dense twin
-        max_length: int|None = None,      # tokens; None: the model's limit
+        max_length: int|None = None,      # tokens; None: the model's limit, and a warning where it cuts
     ):
         self.model, self.exact = model, isinstance(model, LexicalSAE)
         self.tokenizer = model._need_tokenizer() if self.exact else tokenizer
@@ -134,6 +135,7 @@ class Reader:
         self.encoder = model.backbone if self.exact else model.encoder
         limit = LexicalSAEConfig(backbone_config=self.encoder.config).max_positions
         self.max_length, self.readings, self.device = min(max_length or limit, limit), 0, next(model.parameters()).device
+        self.warns = max_length is None                  # who chooses a length knows that it cuts
         self.empty = self.tokenizer.mask_token or '.'    # read when no word is left
 
     @classmethod
@@ -147,6 +149,8 @@ class Reader:
     def batch(self, texts: list[str]) -> dict:
         "Padded ids and mask, on the model's device."
         enc = self.tokenizer(texts, truncation=True, max_length=self.max_length, padding=True, return_tensors='pt')
+        cut = sum(bool(e.overflowing) for e in enc.encodings or ())
+        if cut and self.warns: warnings.warn(f"{cut} of {len(texts)} texts are longer than {self.max_length} tokens and were truncated.")
         return {k: enc[k].to(self.device) for k in ('input_ids', 'attention_mask')}
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor, keep: Tensor|None = None) -> Tensor:  # [n,C]
@@ -354,22 +358,27 @@ def rationale_agreement(
 # %% ../nbs/05a_faithfulness.ipynb #fc263184
 @torch.no_grad()
 def off_distribution(
-    model: LexicalSAE,
+    model: LexicalSAE|Reader,
     train_texts: list[str],
     texts: list[str],          # held out
     share: float = .2,         # of the units erased, best first
 ) -> dict:
     "Median distance to the nearest training text, and the AUC with which it tells changed from unchanged."
-    reader, was_training = Reader.of(model), model.training
-    model.eval()
+    reader = Reader.of(model)
+    was_training = reader.model.training
+    reader.model.eval()
     def vectors(texts): return torch.cat([reader.state(texts[i:i + 32]).sparse_vector.cpu() for i in range(0, len(texts), 32)])
     erased = [erase_words(t, _best_words(s, share).tolist(), reader.empty) for t, s in zip(texts, word_scores(reader, texts))]
     train, s = vectors(train_texts), vectors(texts)
-    state = circuit_state(s.to(reader.device), model.head)
-    zeroed = torch.where(best_units(centred_contributions(state), state.sparse_vector > 0, share).cpu(), 0., s)
+    zeroed = torch.cat([_without_best(reader, part, share) for part in s.split(32)])     # contributions of all classes: [32,C,V] at a time
     changed = {'dimensions zeroed': zeroed, 'words deleted': vectors(erased)}
-    model.train(was_training)
+    reader.model.train(was_training)
     return _distances(train, s, changed)
+
+def _without_best(reader, s, share):
+    "Open words [n,V] with the best share of each text at zero."
+    state = circuit_state(s.to(reader.device), reader.model.head)
+    return torch.where(best_units(centred_contributions(state), state.sparse_vector > 0, share).cpu(), 0., s)
 
 def _distances(train, plain, changed):
     "Median distance and AUC of unchanged vectors [n,V] and of each kind of changed ones."

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from lexical_sae.circuits import CompletenessFitter, SeparationFitter, circuit_sizes, separate
 from lexical_sae.entities import entity_scores
 from lexical_sae.eval import CHEAP, TIERS, EvaluationData, MechanisticReport, evaluate
-from lexical_sae.faithfulness import measure_faithfulness
+from lexical_sae.faithfulness import Reader, measure_faithfulness
 from lexical_sae.grounding import FrozenReference, centred_contributions
 from lexical_sae.model import LexicalSAEForSequenceClassification, LexicalSAEForTokenClassification
 from lexical_sae.ner import predict_tags, tag_batches
@@ -254,6 +254,12 @@ def test_tagger_tiers_alone_and_without_labels(tagger):
     full = figures(tagged(tagger))
     for tier in CHEAP: assert figures(tagged(tagger, (tier,)))[tier] == full[tier]
     assert set(tagged(tagger, CHEAP[1:], labels=None).tiers) == set(CHEAP[1:])
+
+def test_faithfulness_reads_as_much_as_the_other_tiers(model):
+    run = lambda n: figures(evaluate(model, data(model), ('faithfulness',), max_length=n, limit=5))['faithfulness']
+    short = measure_faithfulness(Reader(model, max_length=5), TEXTS[:20], ('dla',), progress=False).loc['dla'].to_dict()
+    assert run(5)['dims']['dla'] == pytest.approx(short) and run(5)['dims'] != run(None)['dims']
+    assert run(5)['distance_to_training'] != run(None)['distance_to_training']
 
 # ---- where every class is a yes or no ----------------------------------------------------------------------------
 @pytest.mark.parametrize('names', [['toxic'], ['funny', 'sad'], ['funny', 'sad', 'long']], ids=['one', 'two', 'three'])

@@ -63,6 +63,12 @@ def test_reader_knows_positions_that_padding_takes(tokenizer):
     assert reader.max_length == 38 and reader.read(['bank '*100]).isfinite().all()
     assert Reader(reader.model, tokenizer, max_length=5).batch(['bank '*100])['input_ids'].shape == (1, 5)
 
+def test_a_reader_says_what_it_cuts(model, recwarn):
+    Reader(model).batch(['bank', 'bank '*100, 'river '*90])
+    assert [str(w.message) for w in recwarn] == ['2 of 3 texts are longer than 48 tokens and were truncated.']
+    Reader(model, max_length=5).batch(['bank '*100]); Reader(model).batch(TEXTS)
+    assert len(recwarn) == 1
+
 def test_of_keeps_a_reader(model):
     reader = Reader(model, max_length=7)
     assert Reader.of(reader) is reader and Reader.of(model).max_length == 48

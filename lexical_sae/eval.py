@@ -25,7 +25,7 @@ from .faithfulness import Reader, measure_faithfulness, off_distribution
 from .grounding import FrozenReference, WordAssociations, measure_grounding, sentiment_lexicon
 from .layerwise import measure_layers
 from .model import LexicalSAE, LexicalSAEForTokenClassification, check_texts
-from .ner import PredictionCollector, tag_batches
+from .ner import PredictionCollector, check_sentences, tag_batches
 from .results import atomic_write, plain
 from .scaling import measure_scaling
 from .tag_explain import TagCircuitFitter, TagGroundingFitter, tag_associations, tag_type
@@ -193,7 +193,7 @@ def _tagger_pass(model, data, wanted, parts):
     grounding = TagGroundingFitter(model, data.reference or FrozenReference.load(model).to(model.device), associations)
     for batch, state in tag_batches(model, data.texts):
         collector.update(batch, state.logits); grounding.update(batch, state, data.texts)
-        if 'circuits' in wanted: circuits.update(state)
+        if 'circuits' in wanted: circuits.update(state, _gold_ids(data, batch, names))
     found, out, parts['grounding'] = grounding.fit(), {}, _type_words(grounding)
     if 'accuracy' in wanted:
         if data.labels is None: raise ValueError("Accuracy needs labels: give them, or leave the tier out.")
@@ -203,6 +203,11 @@ def _tagger_pass(model, data, wanted, parts):
         out['circuits'] = {'completeness': circuits.fit().to_dict('index') if circuits.rows else {}}
         if apart := _tag_separation(grounding): out['circuits']['separation'], parts['circuits'] = apart.to_dict(), apart
     return out
+
+def _gold_ids(data, batch, names):
+    "The right tags of a batch [N], by id; -1 for a tag that the model does not know. None without labels."
+    known = {name: i for i, name in enumerate(names)}
+    return None if data.labels is None else torch.tensor([known.get(data.labels[s][w], -1) for s, w in batch.words])
 
 def _type_words(grounding, k=15):
     "What each type is made of."
@@ -246,9 +251,16 @@ def _checked(model, data, tiers):
     if not tiers: raise ValueError(f"No tier was asked for: choose from {', '.join(TIERS)}.")
     if not data.texts: raise ValueError("There is no text to evaluate on: pass at least one.")
     if 'accuracy' in tiers and data.labels is None: raise ValueError("Accuracy needs labels: give them, or leave the tier out.")
-    if not _is_tagger(model): check_texts(data.texts)
+    if _is_tagger(model): _check_tags(data)
+    else: check_texts(data.texts)
     if beyond := [t for t in tiers if t not in may]: raise ValueError(f"The tier '{beyond[0]}' {why} choose from {', '.join(may)}.")
     return tiers
+
+def _check_tags(data):
+    "Sentences of words, with a tag for each where there are tags."
+    check_sentences(data.texts)
+    for i, (words, tags) in enumerate(zip(data.texts, data.labels or ())):
+        if len(words) != len(tags): raise ValueError(f"Sentence {i} has {len(words)} words and {len(tags)} tags: give one for each.")
 
 def _askable(model):
     "The tiers that a model can be asked, and why no others."

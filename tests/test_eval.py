@@ -210,25 +210,31 @@ def test_tagger_accuracy_is_that_of_its_tags(tagger):
     assert found['accuracy'] == entity_scores(GOLD, predict_tags(tagger, SENTENCES).tags).to_dict() and found['identity']['identity_error'] <= 1e-5
 
 def test_tagger_circuits_equal_the_long_way(tagger):
-    rows = []
-    for _, s in tag_batches(tagger, SENTENCES):
+    rows, tags = [], [['O', *said[1:]] for said in predict_tags(tagger, SENTENCES).tags]       # right but for first words
+    for batch, s in tag_batches(tagger, SENTENCES):
         every = torch.stack([s.attribution(c) for c in range(s.logits.shape[1])], 1).detach()    # [n,C]
         part = every.gather(1, s.logits.argmax(-1)[s.active.row, None])[:, 0] - every.mean(1)
         for r in range(len(s.logits)):
             mine = s.active.row == r
-            rows.append((s.sparse_vector.to_dense()[r], part[mine], s.active.dim[mine], s.logits[r].detach()))
+            rows.append((s.sparse_vector.to_dense()[r], part[mine], s.active.dim[mine], s.logits[r].detach(),
+                         ('O', 'B-X', 'I-X').index(tags[batch.words[r][0]][batch.words[r][1]])))
     rows = [r for r in rows if r[3].argmax() != 0]                         # positions that are not O
-    found = tagged(tagger, ('circuits',))['circuits']['completeness']
+    found = tagged(tagger, ('circuits',), labels=tags)['circuits']['completeness']
     assert rows and list(found) == list(circuit_sizes())
     for name, size in circuit_sizes().items():
-        words, kept, flipped, drop = [], [], [], []
-        for s, part, dim, logits in rows:
+        words, kept, flipped, drop, kl, right = [], [], [], [], [], []
+        for s, part, dim, logits, gold in rows:
             own = logits.argmax()
             k = size.get('count') or max(1, math.ceil(size['share']*len(part) - 1e-6))
             mine = dim[part.abs().argsort(descending=True)[:k]]
             inside = torch.zeros_like(s); inside[mine] = s[mine]
             with torch.no_grad(): alone, rest = tagger.head(inside[None])[0], tagger.head((s - inside)[None])[0]
             words.append(len(mine)); kept.append(alone.argmax() == own); flipped.append(rest.argmax() != own); drop.append((logits.softmax(-1) - rest.softmax(-1))[own].item())
+            p, q = alone.double().softmax(-1), logits.double().softmax(-1)
+            kl.append((q*(q/p).log()).sum().item()); right.append(int(alone.argmax()) == gold)
+        full = np.mean([int(logits.argmax()) == gold for _, _, _, logits, gold in rows])
+        assert found[name]['kl'] == pytest.approx(np.mean(kl), abs=1e-4) and found[name]['accuracy'] == pytest.approx(np.mean(right))
+        assert 0 < full < 1 and found[name]['accuracy_kept'] == pytest.approx(np.mean(right)/full)
         assert found[name]['completeness'] == pytest.approx(np.mean(kept)) and found[name]['removability'] == pytest.approx(np.mean(flipped))
         assert found[name]['words'] == pytest.approx(np.mean(words)) and found[name]['probability_drop'] == pytest.approx(np.mean(drop), abs=1e-5)
 

@@ -10,7 +10,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -116,8 +116,8 @@ def _classifier_pass(model, data, max_length, **_):
     C, associations = model.config.num_labels, None
     known = data.train_texts is not None and data.train_labels is not None and not is_multilabel(model.config)
     if known: associations = WordAssociations.fit(data.train_texts, data.train_labels, C)
-    reference, positive = data.reference or FrozenReference.load(model).to(model.device), _class(model, data.positive_class)
-    return measure_grounding(model, data.texts, data.labels, reference, associations, positive, max_length=max_length).to_dict()
+    positive = _class(model, data.positive_class)
+    return measure_grounding(model, data.texts, data.labels, data.reference, associations, positive, max_length=max_length).to_dict()
 
 def _class(model, name):
     "A class by name or id; None stays."
@@ -190,7 +190,7 @@ def _tagger_pass(model, data, wanted, parts):
     associations = None
     if data.train_texts is not None and data.train_labels is not None:
         associations = tag_associations(data.train_texts, data.train_labels, list(dict.fromkeys(tag_type(n) for n in names)))
-    grounding = TagGroundingFitter(model, data.reference or FrozenReference.load(model).to(model.device), associations)
+    grounding = TagGroundingFitter(model, data.reference, associations)
     for batch, state in tag_batches(model, data.texts):
         collector.update(batch, state.logits); grounding.update(batch, state, data.texts)
         if 'circuits' in wanted: circuits.update(state, _gold_ids(data, batch, names))
@@ -231,7 +231,7 @@ def evaluate(
 ) -> MechanisticReport:
     "Measure a classifier or a tagger, tier by tier."
     tiers, was_training, clock, parts = _checked(model, data, tiers), model.training, _Clock(report), {}
-    options = dict(max_length=max_length, seed=seed, limit=limit)
+    options, data = dict(max_length=max_length, seed=seed, limit=limit), _with_reference(model, data, tiers)
     model.eval()
     try:
         with warnings.catch_warnings():
@@ -255,6 +255,12 @@ def _checked(model, data, tiers):
     else: check_texts(data.texts)
     if beyond := [t for t in tiers if t not in may]: raise ValueError(f"The tier '{beyond[0]}' {why} choose from {', '.join(may)}.")
     return tiers
+
+def _with_reference(model, data, tiers):
+    "The data with the reference, loaded once, where a tier compares with it."
+    asked = _is_tagger(model) or set(tiers) & set(_SHARED) or 'scaling' in tiers and data.train_texts is not None
+    if data.reference is not None or not asked: return data
+    return replace(data, reference=FrozenReference.load(model).to(model.device))
 
 def _check_tags(data):
     "Sentences of words, with a tag for each where there are tags."

@@ -267,6 +267,15 @@ def test_faithfulness_reads_as_much_as_the_other_tiers(model):
     assert run(5)['dims']['dla'] == pytest.approx(short) and run(5)['dims'] != run(None)['dims']
     assert run(5)['distance_to_training'] != run(None)['distance_to_training']
 
+def test_the_reference_is_loaded_once_for_all_tiers(model, monkeypatch):
+    calls, wanted = [], evaluate(model, data(model), ('grounding', 'scaling'))
+    def load(asked): calls.append(asked); return FrozenReference.of(asked)
+    monkeypatch.setattr(FrozenReference, 'load', load)
+    found = evaluate(model, data(model, reference=None), ('grounding', 'scaling'))
+    assert figures(found) == figures(wanted) and len(calls) == 1
+    assert found['scaling']['downstream']['reference'] is not None
+    evaluate(model, data(model, reference=None), ('circuits',)); assert len(calls) == 1
+
 # ---- where every class is a yes or no ----------------------------------------------------------------------------
 @pytest.mark.parametrize('names', [['toxic'], ['funny', 'sad'], ['funny', 'sad', 'long']], ids=['one', 'two', 'three'])
 def test_yes_and_no_are_measured_where_they_can_be(names):

@@ -9,6 +9,7 @@ __all__ = ['DIM_METHODS', 'WORD_METHODS', 'Attribution', 'centred', 'explain_dim
 # %% ../nbs/05b_explainers.ipynb #2618e024
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,17 +120,25 @@ def _difference(f, layer, ids, base, mask):
     finally: hook.remove()
     return f(ids, mask) - start
 
+@contextmanager
+def _seeded(seed):
+    "Numbers drawn on the CPU come from a seed; the caller's go on as if nothing had been drawn."
+    state = np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed); np.random.seed(seed)  # captum draws from both, on the CPU
+        try: yield
+        finally: np.random.set_state(state)
+
 def _by_deletion(reader, text, n, c, method, samples, seed):
     "Perturb which words are there; rows of zeros and ones stand for texts."
     def f(rows):
         texts = [erase_words(text, [x < .5 for x in row], reader.empty) for row in rows.tolist()]
         return centred(reader.read(texts), c)
-    torch.manual_seed(seed); np.random.seed(seed)
     ones = torch.ones(1, n)
     if method == 'occlusion' or method == 'kernel_shap' and n == 1:      # of one word alone the Shapley value is its loss
         return FeatureAblation(f).attribute(ones, perturbations_per_eval=min(64, n))[0]
-    if method == 'kernel_shap': return KernelShap(f).attribute(ones, n_samples=samples, perturbations_per_eval=64)[0]
-    return Lime(f, interpretable_model=SkLearnLasso(alpha=.001)).attribute(ones, n_samples=samples, perturbations_per_eval=64)[0]
+    explainer = KernelShap(f) if method == 'kernel_shap' else Lime(f, interpretable_model=SkLearnLasso(alpha=.001))
+    with _seeded(seed): return explainer.attribute(ones, n_samples=samples, perturbations_per_eval=64)[0]
 
 def explain_words(
     model: LexicalSAE|DenseClassifier|Reader,

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -146,6 +147,15 @@ def test_a_text_of_one_word_is_explained(model, method):
     found = explain_words(model, 'superb', method, samples=20, steps=4)
     assert found.scores.shape == (1,) and found.scores.isfinite().all()
     if method == 'kernel_shap': assert found.scores.item() == pytest.approx(explain_words(model, 'superb', 'occlusion').scores.item())
+
+@pytest.mark.parametrize('method', ['lime', 'kernel_shap'])
+def test_a_seed_is_a_seed_and_leaves_the_callers_alone(model, method):
+    score = lambda seed: explain_words(model, TEXTS[0], method, seed, samples=20).scores
+    torch.manual_seed(5); np.random.seed(5)
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy(), np.random.get_state()[2]
+    a, b, c = score(0), score(0), score(1)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(torch.random.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all() and np.random.get_state()[2] == before[2]
 
 def test_integrated_gradients_converge_where_padding_has_no_position(tokenizer):
     "RoBERTa counts the tokens that are no padding: a baseline of padding tokens, read as ids, would stand at other positions than the path."

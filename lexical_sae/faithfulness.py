@@ -313,8 +313,8 @@ def measure_faithfulness(
     reader = Reader.of(model)
     if not reader.exact and (level == 'dims' or 'dla' in methods.values()):
         raise ValueError("A dense classifier has no open dimensions and no exact contributions: use level='words' and methods without 'dla'.")
-    if reader.exact and is_multilabel(reader.model.config):
-        raise ValueError("Every class of this model is a yes or no, and erasure is measured on one class of many: use a model with one class a text.")
+    if is_multilabel(reader.model.config) if reader.exact else getattr(reader.model, 'multilabel', False):
+        raise ValueError("Every class of this model is a yes or no, but erasure is measured on one class of many: use a model with one class a text.")
     was_training = reader.model.training
     reader.model.eval()
     rows = (_dims_rows if level == 'dims' else _words_rows)(model, texts, methods, bins, seed, progress)

@@ -94,6 +94,10 @@ def test_the_dense_twin_is_measured_on_words(twin, tokenizer):
     assert table.loc['greedy', 'comprehensiveness'] >= table.loc['random', 'comprehensiveness']
     for t in TEXTS: assert greedy_word_scores(reader, t).argmax() == explain_words(reader, t, 'occlusion').scores.argmax()   # two classes: the first step is occlusion
 
+def test_a_twin_of_yes_and_no_is_not_measured_on_one_class(tokenizer):
+    several = DenseClassifier(BertModel(config(), add_pooling_layer=False), 2, multilabel=True).eval()
+    with pytest.raises(ValueError, match='is a yes or no'): measure_faithfulness(Reader(several, tokenizer), TEXTS, ('random',), level='words')
+
 @pytest.mark.parametrize('kwargs', [dict(), dict(level='words'), dict(methods=('random',))])
 def test_the_dense_twin_has_no_exact_answer(twin, tokenizer, kwargs):
     with pytest.raises(ValueError, match="use level='words' and methods without 'dla'"): measure_faithfulness(Reader(twin, tokenizer), TEXTS, **kwargs)

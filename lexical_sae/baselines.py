@@ -289,22 +289,21 @@ def measure_baselines(
 ) -> Baselines:
     "Our model, its dense twin, post-hoc autoencoders at equal active features, bags of words, and a lexicon."
     rows = [measure_model(model, texts, labels, max_length)]
-    if dense is not None: rows += _dense_rows(model, dense, texts, labels, train_texts, kinds, max_length, seed, sae_options)
+    if dense is not None: rows += _dense_rows(model, dense, rows[0].active, texts, labels, train_texts, kinds, max_length, seed, sae_options)
     known = [normalise_word(w) for w, a in zip(model.words, model.activation.allowed.tolist()) if a]
     for name, vocabulary in (('bag of words', None), ('bag of words, our vocabulary', known)):
         rows.append(_bag_row(name, fit_bag_of_words(train_texts, train_labels, vocabulary, seed), texts, labels))
     if lexicon is not None: rows.append(_lexicon_row(lexicon, positive_class, texts, labels, train_labels))
     return Baselines(tuple(rows))
 
-def _dense_rows(model, dense, texts, labels, train_texts, kinds, max_length, seed, options):
-    "The dense twin and the autoencoders behind it."
+def _dense_rows(model, dense, active, texts, labels, train_texts, kinds, max_length, seed, options):
+    "The dense twin and the autoencoders behind it, with as many active features as our model."
     train, test = (pooled_states(dense, t, model.tokenizer, max_length) for t in (train_texts, texts))
     head = nn.Linear(*reversed(dense.head.weight.shape))
     head.load_state_dict(dense.head.state_dict())
     with torch.no_grad(): right = (head(test).argmax(-1) == torch.as_tensor(labels)).numpy()
-    sample = train_texts[::max(1, len(train_texts)//500)]
-    active = measure_model(model, sample, [0]*len(sample), max_length).active
-    return [Baseline('dense', right.mean().item(), right=right)] + [measure_sae(fit_sae(train, max(1., active), kind, seed=seed, **options), head, test, labels) for kind in kinds]
+    saes = [fit_sae(train, max(1., active), kind, seed=seed, **options) for kind in kinds]
+    return [Baseline('dense', right.mean().item(), right=right)] + [measure_sae(sae, head, test, labels) for sae in saes]
 
 def _bag_row(name, bag, texts, labels):
     counts, right = bag[0].transform(texts), bag.predict(texts) == np.asarray(labels)

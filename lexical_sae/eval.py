@@ -10,7 +10,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -21,14 +21,15 @@ from .baselines import measure_baselines
 from .circuits import CompletenessFitter, SeparationFitter, separate
 from .dense import DenseClassifier
 from .entities import entity_scores
-from .faithfulness import measure_faithfulness, off_distribution
+from .faithfulness import Reader, measure_faithfulness, off_distribution
 from .grounding import FrozenReference, WordAssociations, measure_grounding, sentiment_lexicon
 from .layerwise import measure_layers
 from .model import LexicalSAE, LexicalSAEForTokenClassification, check_texts
-from .ner import PredictionCollector, tag_batches
+from .ner import PredictionCollector, check_sentences, tag_batches
 from .results import atomic_write, plain
 from .scaling import measure_scaling
 from .tag_explain import TagCircuitFitter, TagGroundingFitter, tag_associations, tag_type
+from .targets import is_multilabel
 
 # %% ../nbs/05_eval.ipynb #7aafc02e
 TIERS = ('accuracy', 'identity', 'grounding', 'circuits', 'faithfulness', 'layers', 'scaling', 'comparisons')
@@ -38,7 +39,7 @@ CHEAP = TIERS[:4]
 class EvaluationData:
     "Held-out texts (or sentences of words, for a tagger), and what some tiers need beside them."
     texts: list                          # [n] strings; for a tagger lists of words
-    labels: list|None = None             # [n] class ids; for a tagger lists of tags
+    labels: list|None = None             # [n] class ids, or rows of 0 and 1 where every class is a yes or no; for a tagger lists of tags
     train_texts: list|None = None        # for associations, the training mean of closed words, and baselines
     train_labels: list|None = None
     positive_class: str|int|None = None  # sentiment: the class that a positive lexicon entry speaks for
@@ -113,9 +114,10 @@ class MechanisticReport:
 def _classifier_pass(model, data, max_length, **_):
     "Grounding, exactness, sparsity and accuracy."
     C, associations = model.config.num_labels, None
-    if data.train_texts is not None and data.train_labels is not None: associations = WordAssociations.fit(data.train_texts, data.train_labels, C)
-    reference, positive = data.reference or FrozenReference.load(model).to(model.device), _class(model, data.positive_class)
-    return measure_grounding(model, data.texts, data.labels, reference, associations, positive, max_length=max_length).to_dict()
+    known = data.train_texts is not None and data.train_labels is not None and not is_multilabel(model.config)
+    if known: associations = WordAssociations.fit(data.train_texts, data.train_labels, C)
+    positive = _class(model, data.positive_class)
+    return measure_grounding(model, data.texts, data.labels, data.reference, associations, positive, max_length=max_length).to_dict()
 
 def _class(model, name):
     "A class by name or id; None stays."
@@ -138,11 +140,11 @@ def _circuits(model, data, max_length, **_):
 
 def _faithfulness(model, data, max_length, seed, limit, **_):
     "Dimensions on all texts, words of the input on a sample."
-    texts = _sample(data.texts, limit, seed)
-    out = {'dims': measure_faithfulness(model, data.texts, ('dla', 'random', 'greedy'), seed=seed).to_dict('index'),
-           'words': measure_faithfulness(model, texts, ('dla', 'random'), level='words', seed=seed).to_dict('index')}
+    texts, reader = _sample(data.texts, limit, seed), Reader(model, max_length=max_length)
+    out = {'dims': measure_faithfulness(reader, data.texts, ('dla', 'random', 'greedy'), seed=seed).to_dict('index'),
+           'words': measure_faithfulness(reader, texts, ('dla', 'random'), level='words', seed=seed).to_dict('index')}
     panels = {f'comprehensiveness, {level}': {name: row['comprehensiveness'] for name, row in rows.items()} for level, rows in out.items()}
-    if data.train_texts: out['distance_to_training'] = off_distribution(model, _sample(data.train_texts, 2000, seed), texts)
+    if data.train_texts: out['distance_to_training'] = off_distribution(reader, _sample(data.train_texts, 2000, seed), texts)
     return out, Bars(panels)
 
 def _layers(model, data, max_length, seed, limit, **_):
@@ -188,10 +190,10 @@ def _tagger_pass(model, data, wanted, parts):
     associations = None
     if data.train_texts is not None and data.train_labels is not None:
         associations = tag_associations(data.train_texts, data.train_labels, list(dict.fromkeys(tag_type(n) for n in names)))
-    grounding = TagGroundingFitter(model, data.reference or FrozenReference.load(model).to(model.device), associations)
+    grounding = TagGroundingFitter(model, data.reference, associations)
     for batch, state in tag_batches(model, data.texts):
         collector.update(batch, state.logits); grounding.update(batch, state, data.texts)
-        if 'circuits' in wanted: circuits.update(state)
+        if 'circuits' in wanted: circuits.update(state, _gold_ids(data, batch, names))
     found, out, parts['grounding'] = grounding.fit(), {}, _type_words(grounding)
     if 'accuracy' in wanted:
         if data.labels is None: raise ValueError("Accuracy needs labels: give them, or leave the tier out.")
@@ -201,6 +203,11 @@ def _tagger_pass(model, data, wanted, parts):
         out['circuits'] = {'completeness': circuits.fit().to_dict('index') if circuits.rows else {}}
         if apart := _tag_separation(grounding): out['circuits']['separation'], parts['circuits'] = apart.to_dict(), apart
     return out
+
+def _gold_ids(data, batch, names):
+    "The right tags of a batch [N], by id; -1 for a tag that the model does not know. None without labels."
+    known = {name: i for i, name in enumerate(names)}
+    return None if data.labels is None else torch.tensor([known.get(data.labels[s][w], -1) for s, w in batch.words])
 
 def _type_words(grounding, k=15):
     "What each type is made of."
@@ -216,15 +223,15 @@ def _tag_separation(grounding):
 def evaluate(
     model: LexicalSAE,
     data: EvaluationData,
-    tiers: tuple = CHEAP,            # of `TIERS`
+    tiers: tuple|None = None,        # of `TIERS`; None: the cheap ones that this model can be asked
     seed: int = 0,
-    max_length: int|None = None,     # tokens; None: the model's limit, up to which `faithfulness` always reads
+    max_length: int|None = None,     # tokens; None: the model's limit
     limit: int = 200,                # texts for what reads a text many times (words of faithfulness, layers); 0: all
     report: Callable = lambda line: None,   # told when a tier is done, such as `print`
 ) -> MechanisticReport:
     "Measure a classifier or a tagger, tier by tier."
     tiers, was_training, clock, parts = _checked(model, data, tiers), model.training, _Clock(report), {}
-    options = dict(max_length=max_length, seed=seed, limit=limit)
+    options, data = dict(max_length=max_length, seed=seed, limit=limit), _with_reference(model, data, tiers)
     model.eval()
     try:
         with warnings.catch_warnings():
@@ -238,15 +245,34 @@ def _is_tagger(model): return isinstance(model, LexicalSAEForTokenClassification
 
 def _checked(model, data, tiers):
     "Each tier once; a sentence for what cannot be measured."
-    tiers = tuple(dict.fromkeys(tiers))
+    may, why = _askable(model)
+    tiers = tuple(dict.fromkeys([t for t in CHEAP if t in may] if tiers is None else tiers))
     if unknown := [t for t in tiers if t not in TIERS]: raise ValueError(f"Unknown tier '{unknown[0]}': choose from {', '.join(TIERS)}.")
     if not tiers: raise ValueError(f"No tier was asked for: choose from {', '.join(TIERS)}.")
     if not data.texts: raise ValueError("There is no text to evaluate on: pass at least one.")
     if 'accuracy' in tiers and data.labels is None: raise ValueError("Accuracy needs labels: give them, or leave the tier out.")
-    if not _is_tagger(model): check_texts(data.texts)
-    elif beyond := [t for t in tiers if t not in CHEAP]:
-        raise ValueError(f"The tier '{beyond[0]}' asks about texts: for a tagger choose from {', '.join(CHEAP)}.")
+    if _is_tagger(model): _check_tags(data)
+    else: check_texts(data.texts)
+    if beyond := [t for t in tiers if t not in may]: raise ValueError(f"The tier '{beyond[0]}' {why} choose from {', '.join(may)}.")
     return tiers
+
+def _with_reference(model, data, tiers):
+    "The data with the reference, loaded once, where a tier compares with it."
+    asked = _is_tagger(model) or set(tiers) & set(_SHARED) or 'scaling' in tiers and data.train_texts is not None
+    if data.reference is not None or not asked: return data
+    return replace(data, reference=FrozenReference.load(model).to(model.device))
+
+def _check_tags(data):
+    "Sentences of words, with a tag for each where there are tags."
+    check_sentences(data.texts)
+    for i, (words, tags) in enumerate(zip(data.texts, data.labels or ())):
+        if len(words) != len(tags): raise ValueError(f"Sentence {i} has {len(words)} words and {len(tags)} tags: give one for each.")
+
+def _askable(model):
+    "The tiers that a model can be asked, and why no others."
+    if _is_tagger(model): return CHEAP, 'asks about texts: for a tagger'
+    if is_multilabel(model.config): return TIERS[:3], 'compares the classes of a text: where every class is a yes or no'
+    return TIERS, ''
 
 class _Clock:
     "Runs tiers and remembers how long each took; those that share a pass share its time."

@@ -9,6 +9,7 @@ __all__ = ['DIM_METHODS', 'WORD_METHODS', 'Attribution', 'centred', 'explain_dim
 # %% ../nbs/05b_explainers.ipynb #2618e024
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,8 +101,8 @@ def _by_gradient(reader, text, c, steps):
     f = lambda ids, mask: centred(reader.logits(ids, mask.expand(len(ids), -1), keep), c)
     layer, delta = reader.embeddings, None
     if steps:
-        found, gap = LayerIntegratedGradients(f, layer).attribute(ids, baselines=base, additional_forward_args=mask, n_steps=steps, internal_batch_size=16, return_convergence_delta=True)
-        delta = _relative(gap, found)
+        found = LayerIntegratedGradients(f, layer).attribute(ids, baselines=base, additional_forward_args=mask, n_steps=steps, internal_batch_size=16)
+        delta = _relative(found.sum() - _difference(f, layer, ids, base, mask), found)
     else:
         kept = []
         hook = layer.register_forward_hook(lambda module, args, out: kept.append(out.requires_grad_()) if not kept else None)
@@ -110,16 +111,34 @@ def _by_gradient(reader, text, c, steps):
         found = grad*kept[0]
     return reader.to_words(found[0].sum(-1).detach(), text), delta
 
+@torch.no_grad()
+def _difference(f, layer, ids, base, mask):
+    "What the path adds up to: both ends at the ids' own positions, which a RoBERTa would not give to padding tokens."
+    blank = layer(base)                                                  # [1,L,D]
+    hook = layer.register_forward_hook(lambda *_: blank)
+    try: start = f(ids, mask)
+    finally: hook.remove()
+    return f(ids, mask) - start
+
+@contextmanager
+def _seeded(seed):
+    "Numbers drawn on the CPU come from a seed; the caller's go on as if nothing had been drawn."
+    state = np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed); np.random.seed(seed)  # captum draws from both, on the CPU
+        try: yield
+        finally: np.random.set_state(state)
+
 def _by_deletion(reader, text, n, c, method, samples, seed):
     "Perturb which words are there; rows of zeros and ones stand for texts."
     def f(rows):
         texts = [erase_words(text, [x < .5 for x in row], reader.empty) for row in rows.tolist()]
         return centred(reader.read(texts), c)
-    torch.manual_seed(seed); np.random.seed(seed)
     ones = torch.ones(1, n)
-    if method == 'occlusion': return FeatureAblation(f).attribute(ones, perturbations_per_eval=min(64, n))[0]
-    if method == 'kernel_shap': return KernelShap(f).attribute(ones, n_samples=samples, perturbations_per_eval=64)[0]
-    return Lime(f, interpretable_model=SkLearnLasso(alpha=.001)).attribute(ones, n_samples=samples, perturbations_per_eval=64)[0]
+    if method == 'occlusion' or method == 'kernel_shap' and n == 1:      # of one word alone the Shapley value is its loss
+        return FeatureAblation(f).attribute(ones, perturbations_per_eval=min(64, n))[0]
+    explainer = KernelShap(f) if method == 'kernel_shap' else Lime(f, interpretable_model=SkLearnLasso(alpha=.001))
+    with _seeded(seed): return explainer.attribute(ones, n_samples=samples, perturbations_per_eval=64)[0]
 
 def explain_words(
     model: LexicalSAE|DenseClassifier|Reader,

@@ -8,13 +8,14 @@ __all__ = ['BINS', 'COUNTS', 'best_units', 'ErasureCurve', 'dims_curve', 'greedy
 
 # %% ../nbs/05a_faithfulness.ipynb #1babc16d
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from sklearn.metrics import auc, average_precision_score, f1_score, precision_recall_curve, roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -24,10 +25,12 @@ from .dla import CircuitState, circuit_state, compute_active_slice_weff
 from .explain import position_shares
 from .grounding import centred_contributions
 from .model import LexicalSAE, LexicalSAEConfig, SparseSequence
+from .targets import is_multilabel
 from .words import word_spans
 
 # %% ../nbs/05a_faithfulness.ipynb #6991c291
 BINS = (.01, .05, .1, .2, .5)   # shares of ERASER (1911.03429)
+COUNTS = (1, 2, 5, 10)          # units removed, for removability
 
 def best_units(
     scores: Tensor,      # [B,X] larger: more important
@@ -124,7 +127,7 @@ class Reader:
     def __init__(self,
         model: LexicalSAE|DenseClassifier,
         tokenizer=None,                   # needed for the dense twin
-        max_length: int|None = None,      # tokens; None: the model's limit
+        max_length: int|None = None,      # tokens; None: the model's limit, and a warning where it cuts
     ):
         self.model, self.exact = model, isinstance(model, LexicalSAE)
         self.tokenizer = model._need_tokenizer() if self.exact else tokenizer
@@ -132,6 +135,7 @@ class Reader:
         self.encoder = model.backbone if self.exact else model.encoder
         limit = LexicalSAEConfig(backbone_config=self.encoder.config).max_positions
         self.max_length, self.readings, self.device = min(max_length or limit, limit), 0, next(model.parameters()).device
+        self.warns = max_length is None                  # who chooses a length knows that it cuts
         self.empty = self.tokenizer.mask_token or '.'    # read when no word is left
 
     @classmethod
@@ -145,6 +149,8 @@ class Reader:
     def batch(self, texts: list[str]) -> dict:
         "Padded ids and mask, on the model's device."
         enc = self.tokenizer(texts, truncation=True, max_length=self.max_length, padding=True, return_tensors='pt')
+        cut = sum(bool(e.overflowing) for e in enc.encodings or ())
+        if cut and self.warns: warnings.warn(f"{cut} of {len(texts)} texts are longer than {self.max_length} tokens and were truncated.")
         return {k: enc[k].to(self.device) for k in ('input_ids', 'attention_mask')}
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor, keep: Tensor|None = None) -> Tensor:  # [n,C]
@@ -238,13 +244,14 @@ def words_curve(
 def greedy_word_scores(
     model: LexicalSAE|Reader,
     text: str,
-    share: float = .5,        # of the words put in order; the others follow by their contribution
+    share: float|None = None, # of the words put in order, the others follow by their contribution; None: as many as `BINS` and `COUNTS` remove
 ) -> Tensor:                  # [n words]
-    "The greedy oracle on words: for n words about share n^2 readings of the text."
+    "The greedy oracle on words: for n words at most n readings of the text a step."
     reader, n = Reader.of(model), len(word_spans(text))
     drop, scores, c = [False]*n, word_scores(reader, text) if reader.exact else torch.zeros(n), int(reader.read([text]).argmax())
     floor = scores.abs().max().item() + 1
-    for step in range(max(1, math.ceil(share*n))):
+    steps = math.ceil(share*n) if share is not None else max(math.ceil(max(BINS)*n), min(n, max(COUNTS)))
+    for step in range(max(1, steps)):
         trials = [j for j in range(n) if not drop[j]]
         logits = reader.read([erase_words(text, [d or i == j for i, d in enumerate(drop)], reader.empty) for j in trials])
         j = trials[logits.log_softmax(-1)[:, c].argmin()]
@@ -252,8 +259,6 @@ def greedy_word_scores(
     return scores
 
 # %% ../nbs/05a_faithfulness.ipynb #08f127c1
-COUNTS = (1, 2, 5, 10)   # units removed, for removability
-
 def _row(shares: ErasureCurve, counts: ErasureCurve, bins):
     "One line of the table."
     row = {f'comprehensiveness@{b:g}': v for b, v in zip(bins, shares.comprehensiveness.tolist())}
@@ -308,6 +313,8 @@ def measure_faithfulness(
     reader = Reader.of(model)
     if not reader.exact and (level == 'dims' or 'dla' in methods.values()):
         raise ValueError("A dense classifier has no open dimensions and no exact contributions: use level='words' and methods without 'dla'.")
+    if is_multilabel(reader.model.config) if reader.exact else getattr(reader.model, 'multilabel', False):
+        raise ValueError("Every class of this model is a yes or no, but erasure is measured on one class of many: use a model with one class a text.")
     was_training = reader.model.training
     reader.model.eval()
     rows = (_dims_rows if level == 'dims' else _words_rows)(model, texts, methods, bins, seed, progress)
@@ -326,45 +333,57 @@ def _span_matches(mine, theirs):
     hits = sum(any(2*len(x & y) >= len(x | y) for y in b) for x in a)    # no span can match two
     return hits/len(a), hits/len(b)
 
+def _area(marks, scores):
+    "Area under precision over recall, by trapezoids."
+    precision, recall, _ = precision_recall_curve(marks, scores)
+    return auc(recall, precision)
+
 def rationale_agreement(
     scores: list[Tensor],         # for each text one number per word
     rationales: list[Tensor],     # for each text one bool per word
     share: float|None = None,     # words taken; None: as many as the rationales mark on average
 ) -> dict:
-    "Token F1, IOU F1 of spans (at half) and AUPRC (1911.03429) over texts that have a rationale."
+    "Token F1, IOU F1 of spans (at half), AUPRC and average precision (1911.03429) over texts that have a rationale."
     pairs = [(s, r.bool()) for s, r in zip(scores, rationales) if r.any()]
     if not pairs: raise ValueError("No text has a rationale: nothing to agree with.")
     if bad := [i for i, (s, r) in enumerate(pairs) if len(s) != len(r)]: raise ValueError(f"Text {bad[0]} has {len(pairs[bad[0]][0])} scores but {len(pairs[bad[0]][1])} marks.")
     share = float(np.mean([r.float().mean() for _, r in pairs])) if share is None else share
     mine = [_best_words(s, share) for s, _ in pairs]
     p, r = np.mean([_span_matches(m, marked) for m, (_, marked) in zip(mine, pairs)], axis=0)
-    f1, area = [f1_score(r, m) for m, (_, r) in zip(mine, pairs)], [average_precision_score(r, s) for s, r in pairs]
-    return dict(token_f1=float(np.mean(f1)), iou_f1=float(2*p*r/max(p + r, 1e-12)), auprc=float(np.mean(area)), share=share, texts=len(pairs))
+    f1 = [f1_score(marked, m) for m, (_, marked) in zip(mine, pairs)]
+    area, steps = ([of(marked, s) for s, marked in pairs] for of in (_area, average_precision_score))
+    return dict(token_f1=float(np.mean(f1)), iou_f1=float(2*p*r/max(p + r, 1e-12)), auprc=float(np.mean(area)), average_precision=float(np.mean(steps)),
+                share=share, texts=len(pairs))
 
 # %% ../nbs/05a_faithfulness.ipynb #fc263184
 @torch.no_grad()
 def off_distribution(
-    model: LexicalSAE,
+    model: LexicalSAE|Reader,
     train_texts: list[str],
     texts: list[str],          # held out
     share: float = .2,         # of the units erased, best first
 ) -> dict:
     "Median distance to the nearest training text, and the AUC with which it tells changed from unchanged."
-    reader, was_training = Reader.of(model), model.training
-    model.eval()
+    reader = Reader.of(model)
+    was_training = reader.model.training
+    reader.model.eval()
     def vectors(texts): return torch.cat([reader.state(texts[i:i + 32]).sparse_vector.cpu() for i in range(0, len(texts), 32)])
     erased = [erase_words(t, _best_words(s, share).tolist(), reader.empty) for t, s in zip(texts, word_scores(reader, texts))]
     train, s = vectors(train_texts), vectors(texts)
-    state = circuit_state(s.to(reader.device), model.head)
-    zeroed = torch.where(best_units(centred_contributions(state), state.sparse_vector > 0, share).cpu(), 0., s)
+    zeroed = torch.cat([_without_best(reader, part, share) for part in s.split(32)])     # contributions of all classes: [32,C,V] at a time
     changed = {'dimensions zeroed': zeroed, 'words deleted': vectors(erased)}
-    model.train(was_training)
+    reader.model.train(was_training)
     return _distances(train, s, changed)
+
+def _without_best(reader, s, share):
+    "Open words [n,V] with the best share of each text at zero."
+    state = circuit_state(s.to(reader.device), reader.model.head)
+    return torch.where(best_units(centred_contributions(state), state.sparse_vector > 0, share).cpu(), 0., s)
 
 def _distances(train, plain, changed):
     "Median distance and AUC of unchanged vectors [n,V] and of each kind of changed ones."
     columns = (train > 0).any(0) | (plain > 0).any(0)                    # the others are zero everywhere
     near = NearestNeighbors(n_neighbors=1, metric='cosine').fit(train[:, columns].numpy())
     distance = {name: near.kneighbors(x[:, columns].numpy())[0][:, 0] for name, x in ({'unchanged': plain} | changed).items()}
-    auc = lambda x: float(roc_auc_score(np.repeat([0, 1], [len(plain), len(x)]), np.r_[distance['unchanged'], x]))
-    return {name: dict(distance=float(np.median(x)), auc=auc(x)) for name, x in distance.items()}
+    told = lambda x: float(roc_auc_score(np.repeat([0, 1], [len(plain), len(x)]), np.r_[distance['unchanged'], x]))
+    return {name: dict(distance=float(np.median(x)), auc=told(x)) for name, x in distance.items()}

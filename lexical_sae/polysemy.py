@@ -27,7 +27,7 @@ from .model import LexicalSAE, check_texts
 from .readers import read_path
 from .results import PairedDifference, paired_bootstrap
 from .senses import SenseExpander
-from .words import align_words, normalise_word, word_to_id
+from .words import align_words, normalise_word, text_words, word_to_id
 
 # %% ../nbs/05e_polysemy.ipynb #e400bfeb
 class ContextSpreadFitter:
@@ -62,8 +62,11 @@ def most_varied_words(
     batch_size: int = 32,
 ) -> list[str]:
     "The k words whose contexts are most spread, ready for `expand_senses`."
-    fitter = ContextSpreadFitter(model)
-    for i in tqdm(range(0, len(texts), batch_size), desc='contexts', mininterval=5, disable=len(texts) < 20*batch_size): fitter.update(texts[i:i + batch_size], max_length)
+    fitter, was_training = ContextSpreadFitter(model), model.training
+    model.eval()                                                         # dropout would count as context
+    for i in tqdm(range(0, len(texts), batch_size), desc='contexts', mininterval=5, disable=len(texts) < 20*batch_size):
+        fitter.update(texts[i:i + batch_size], max_length)
+    model.train(was_training)
     spread = fitter.fit(minimum)
     return [model.words[j] for j in spread.topk(min(k, int((spread > 0).sum()))).indices.tolist()]
 
@@ -81,10 +84,12 @@ def context_states(
     texts: list[str],
     words: list[str],       # the word to look at in each text
     batch_size: int = 64,
+    forms: bool = True,     # inflected forms of the word count
 ) -> tuple[Tensor, Tensor]:  # h [n,D] at the word's first token, found [n] bool
-    "The hidden state of a word in each of some texts; inflected forms count."
+    "The hidden state of a word in each of some texts."
     limit, was_training = model.config.max_positions, model.training
-    hits = [_nearest_prefix(align_words(model.tokenizer, t, limit), normalise_word(w)) for t, w in zip(texts, words)]
+    find = _nearest_prefix if forms else lambda words, target: next((w for w in words if normalise_word(w.text) == target), None)
+    hits = [find(align_words(model.tokenizer, t, limit), normalise_word(w)) for t, w in zip(texts, words)]
     out, order = torch.zeros(len(texts), model.decoder()[0].shape[1]), sorted(range(len(texts)), key=lambda i: len(texts[i]))
     model.eval()
     for i in tqdm(range(0, len(order), batch_size), desc='contexts', mininterval=5, disable=len(order) < 40*batch_size):
@@ -136,10 +141,10 @@ def expand_senses(
     return model
 
 def _contexts_of(model, word, texts, most):
-    "h where a word stands."
-    pattern = normalise_word(word)
-    here = [t for t in texts if pattern in normalise_word(t)][:2*most]
-    h, found = context_states(model, here, [word]*len(here))
+    "h where a word stands as it is: goods and goodness are no contexts of good."
+    target = normalise_word(word)
+    here = [t for t in texts if target in normalise_word(t) and target in text_words(t)][:2*most]    # the first is fast, the second exact
+    h, found = context_states(model, here, [word]*len(here), forms=False)
     return h[found][:most]
 
 @torch.no_grad()

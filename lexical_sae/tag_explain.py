@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .circuits import COUNTS, SHARES, circuit_sizes
@@ -255,26 +256,37 @@ class TagCircuitFitter:
         outside: int = 0,         # id of the tag O: positions predicted so are left out; -1: keep all
     ):
         self.sizes, self.outside = circuit_sizes(shares, counts), outside
-        self.sums, self.rows = torch.zeros(len(self.sizes), 4, dtype=torch.float64), 0   # columns as in KEYS
+        self.sums, self.rows = torch.zeros(len(self.sizes), len(self.KEYS), dtype=torch.float64), 0
+        self.hits, self.right, self.labelled = [0]*len(self.sizes), 0, 0
 
-    KEYS = ('words', 'completeness', 'removability', 'probability_drop')
+    KEYS = ('words', 'completeness', 'removability', 'probability_drop', 'kl')
 
     @torch.no_grad()
-    def update(self, state: TagCircuitState):
+    def update(self,
+        state: TagCircuitState,
+        gold: Tensor|None = None,   # [N] tag ids; adds accuracy
+    ):
         "One batch."
-        best, part = state.logits.argmax(-1), centred_tag_contributions(state)
+        best, part, full = state.logits.argmax(-1), centred_tag_contributions(state), state.logits.log_softmax(-1)
         mine = best != self.outside
         self.rows += int(mine.sum())
         if not mine.any(): return
+        hits = lambda tags: 0 if gold is None else int((tags == gold.to(tags.device))[mine].sum())
+        self.right += hits(best); self.labelled += 0 if gold is None else int(mine.sum())
         own = lambda logits: logits.softmax(-1).gather(1, best[:, None])[:, 0]
         for i, size in enumerate(self.sizes.values()):
             mask = hard_mask(state, part, **size)
             kept, rest = masked_logits(state, mask), masked_logits(state, 1 - mask)
             words = torch.zeros_like(own(kept)).index_add(0, state.active.row, mask)               # [N]
-            seen = words, kept.argmax(-1) == best, rest.argmax(-1) != best, own(state.logits) - own(rest)
+            kl = F.kl_div(kept.log_softmax(-1), full, log_target=True, reduction='none').sum(-1)   # [N] nats
+            seen = words, kept.argmax(-1) == best, rest.argmax(-1) != best, own(state.logits) - own(rest), kl
             self.sums[i] += torch.tensor([x[mine].sum().item() for x in seen], dtype=torch.float64)
+            self.hits[i] += hits(kept.argmax(-1))
 
-    def fit(self) -> pd.DataFrame:   # size by size: mean words kept, and the shares; ValueError where no entity was predicted
+    def fit(self) -> pd.DataFrame:   # size by size: mean words kept, shares, nats, accuracy; ValueError where no entity was predicted
         "Means over the positions seen."
         if not self.rows: raise ValueError("No entity was predicted: call update() with tagged text, or pass outside=-1.")
-        return pd.DataFrame((self.sums/self.rows).tolist(), index=pd.Index(list(self.sizes), name='size'), columns=list(self.KEYS))
+        table = pd.DataFrame((self.sums/self.rows).tolist(), index=pd.Index(list(self.sizes), name='size'), columns=list(self.KEYS))
+        if not self.labelled: return table
+        accuracy = [h/self.labelled for h in self.hits]
+        return table.assign(accuracy=accuracy, accuracy_kept=[a/max(1e-12, self.right/self.labelled) for a in accuracy])

@@ -21,7 +21,7 @@ from lexical_sae.layerwise import METHODS, edited_layers, find_layers, layer_con
 from lexical_sae.long_context import PeakMemory, classify_windows, hide_needle, measure_long_context, pool_windows, windows_of
 from lexical_sae.backbone import sample_sentences
 from lexical_sae.model import LexicalSAE, LexicalSAEConfig, LexicalSAEForSequenceClassification
-from lexical_sae.polysemy import WicPair, expand_senses, load_wic, measure_wic, most_varied_words
+from lexical_sae.polysemy import WicPair, _contexts_of, expand_senses, load_wic, measure_wic, most_varied_words
 from lexical_sae.scaling import (ScalingFitter, best_probe, compute_ablation_sparsity, compute_downstream_loss, logistic_probes, measure_scaling,
                                  removal_effects)
 from lexical_sae.senses import SenseExpander
@@ -273,6 +273,18 @@ def test_senses_refuse_what_is_not_built(tokenizer, model):
 
 def test_varied_words_need_occurrences(model):
     assert most_varied_words(model, TEXTS, minimum=100) == [] and 'bank' in most_varied_words(model, TEXTS, k=5, minimum=3)
+
+def test_contexts_of_a_word_are_its_own(model):
+    "Goods and goodness are other words; a capital letter makes none."
+    h = _contexts_of(model, 'good', ['the goods are here', 'my goodness', 'for their own good', 'Good films are rare'], 10)
+    with torch.no_grad(): own = [model.encode(**model.batch([t])).h[0, p] for t, p in (('for their own good', 4), ('Good films are rare', 1))]
+    assert torch.allclose(h, torch.stack(own), atol=1e-5)
+
+def test_varied_words_are_read_without_dropout(model):
+    seen = []
+    hook = model.backbone.register_forward_pre_hook(lambda module, args: seen.append(module.training))
+    most_varied_words(model.train(), TEXTS, minimum=3); hook.remove()
+    assert seen == [False] and model.training
 
 def test_wic_reads_paths_and_refuses(tmp_path, model):
     import pandas as pd

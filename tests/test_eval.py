@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from lexical_sae.circuits import CompletenessFitter, SeparationFitter, circuit_sizes, separate
 from lexical_sae.entities import entity_scores
 from lexical_sae.eval import CHEAP, TIERS, EvaluationData, MechanisticReport, evaluate
+from lexical_sae.faithfulness import Reader, measure_faithfulness
 from lexical_sae.grounding import FrozenReference, centred_contributions
 from lexical_sae.model import LexicalSAEForSequenceClassification, LexicalSAEForTokenClassification
 from lexical_sae.ner import predict_tags, tag_batches
@@ -209,25 +210,31 @@ def test_tagger_accuracy_is_that_of_its_tags(tagger):
     assert found['accuracy'] == entity_scores(GOLD, predict_tags(tagger, SENTENCES).tags).to_dict() and found['identity']['identity_error'] <= 1e-5
 
 def test_tagger_circuits_equal_the_long_way(tagger):
-    rows = []
-    for _, s in tag_batches(tagger, SENTENCES):
+    rows, tags = [], [['O', *said[1:]] for said in predict_tags(tagger, SENTENCES).tags]       # right but for first words
+    for batch, s in tag_batches(tagger, SENTENCES):
         every = torch.stack([s.attribution(c) for c in range(s.logits.shape[1])], 1).detach()    # [n,C]
         part = every.gather(1, s.logits.argmax(-1)[s.active.row, None])[:, 0] - every.mean(1)
         for r in range(len(s.logits)):
             mine = s.active.row == r
-            rows.append((s.sparse_vector.to_dense()[r], part[mine], s.active.dim[mine], s.logits[r].detach()))
+            rows.append((s.sparse_vector.to_dense()[r], part[mine], s.active.dim[mine], s.logits[r].detach(),
+                         ('O', 'B-X', 'I-X').index(tags[batch.words[r][0]][batch.words[r][1]])))
     rows = [r for r in rows if r[3].argmax() != 0]                         # positions that are not O
-    found = tagged(tagger, ('circuits',))['circuits']['completeness']
+    found = tagged(tagger, ('circuits',), labels=tags)['circuits']['completeness']
     assert rows and list(found) == list(circuit_sizes())
     for name, size in circuit_sizes().items():
-        words, kept, flipped, drop = [], [], [], []
-        for s, part, dim, logits in rows:
+        words, kept, flipped, drop, kl, right = [], [], [], [], [], []
+        for s, part, dim, logits, gold in rows:
             own = logits.argmax()
             k = size.get('count') or max(1, math.ceil(size['share']*len(part) - 1e-6))
             mine = dim[part.abs().argsort(descending=True)[:k]]
             inside = torch.zeros_like(s); inside[mine] = s[mine]
             with torch.no_grad(): alone, rest = tagger.head(inside[None])[0], tagger.head((s - inside)[None])[0]
             words.append(len(mine)); kept.append(alone.argmax() == own); flipped.append(rest.argmax() != own); drop.append((logits.softmax(-1) - rest.softmax(-1))[own].item())
+            p, q = alone.double().softmax(-1), logits.double().softmax(-1)
+            kl.append((q*(q/p).log()).sum().item()); right.append(int(alone.argmax()) == gold)
+        full = np.mean([int(logits.argmax()) == gold for _, _, _, logits, gold in rows])
+        assert found[name]['kl'] == pytest.approx(np.mean(kl), abs=1e-4) and found[name]['accuracy'] == pytest.approx(np.mean(right))
+        assert 0 < full < 1 and found[name]['accuracy_kept'] == pytest.approx(np.mean(right)/full)
         assert found[name]['completeness'] == pytest.approx(np.mean(kept)) and found[name]['removability'] == pytest.approx(np.mean(flipped))
         assert found[name]['words'] == pytest.approx(np.mean(words)) and found[name]['probability_drop'] == pytest.approx(np.mean(drop), abs=1e-5)
 
@@ -253,3 +260,32 @@ def test_tagger_tiers_alone_and_without_labels(tagger):
     full = figures(tagged(tagger))
     for tier in CHEAP: assert figures(tagged(tagger, (tier,)))[tier] == full[tier]
     assert set(tagged(tagger, CHEAP[1:], labels=None).tiers) == set(CHEAP[1:])
+
+def test_faithfulness_reads_as_much_as_the_other_tiers(model):
+    run = lambda n: figures(evaluate(model, data(model), ('faithfulness',), max_length=n, limit=5))['faithfulness']
+    short = measure_faithfulness(Reader(model, max_length=5), TEXTS[:20], ('dla',), progress=False).loc['dla'].to_dict()
+    assert run(5)['dims']['dla'] == pytest.approx(short) and run(5)['dims'] != run(None)['dims']
+    assert run(5)['distance_to_training'] != run(None)['distance_to_training']
+
+def test_the_reference_is_loaded_once_for_all_tiers(model, monkeypatch):
+    calls, wanted = [], evaluate(model, data(model), ('grounding', 'scaling'))
+    def load(asked): calls.append(asked); return FrozenReference.of(asked)
+    monkeypatch.setattr(FrozenReference, 'load', load)
+    found = evaluate(model, data(model, reference=None), ('grounding', 'scaling'))
+    assert figures(found) == figures(wanted) and len(calls) == 1
+    assert found['scaling']['downstream']['reference'] is not None
+    evaluate(model, data(model, reference=None), ('circuits',)); assert len(calls) == 1
+
+# ---- where every class is a yes or no ----------------------------------------------------------------------------
+@pytest.mark.parametrize('names', [['toxic'], ['funny', 'sad'], ['funny', 'sad', 'long']], ids=['one', 'two', 'three'])
+def test_yes_and_no_are_measured_where_they_can_be(names):
+    made = build(LexicalSAEForSequenceClassification, names, problem_type='multi_label_classification')
+    said = (classified(made, TEXTS[:20]).logits > 0).int()
+    labels = said[:, 0].tolist() if len(names) == 1 else said.tolist()     # one column may come as plain numbers
+    held = data(made, labels=labels, train_labels=labels)
+    found = evaluate(made, held)
+    assert list(found.tiers) == ['accuracy', 'identity', 'grounding'] and found['accuracy']['accuracy'] == 1
+    assert found['identity']['identity_error'] <= 1e-5 and 'association_agreement' not in found['grounding']
+    for tier in TIERS[3:]:
+        with pytest.raises(ValueError, match=f"The tier '{tier}' compares the classes of a text"): evaluate(made, held, (tier,))
+    with pytest.raises(ValueError, match='Every class of this model is a yes or no'): measure_faithfulness(made, TEXTS[:2], ('random',))

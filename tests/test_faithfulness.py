@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -63,6 +64,12 @@ def test_reader_knows_positions_that_padding_takes(tokenizer):
     assert reader.max_length == 38 and reader.read(['bank '*100]).isfinite().all()
     assert Reader(reader.model, tokenizer, max_length=5).batch(['bank '*100])['input_ids'].shape == (1, 5)
 
+def test_a_reader_says_what_it_cuts(model, recwarn):
+    Reader(model).batch(['bank', 'bank '*100, 'river '*90])
+    assert [str(w.message) for w in recwarn] == ['2 of 3 texts are longer than 48 tokens and were truncated.']
+    Reader(model, max_length=5).batch(['bank '*100]); Reader(model).batch(TEXTS)
+    assert len(recwarn) == 1
+
 def test_of_keeps_a_reader(model):
     reader = Reader(model, max_length=7)
     assert Reader.of(reader) is reader and Reader.of(model).max_length == 48
@@ -86,6 +93,10 @@ def test_the_dense_twin_is_measured_on_words(twin, tokenizer):
     table = measure_faithfulness(reader, TEXTS, methods, level='words', progress=False)
     assert table.loc['greedy', 'comprehensiveness'] >= table.loc['random', 'comprehensiveness']
     for t in TEXTS: assert greedy_word_scores(reader, t).argmax() == explain_words(reader, t, 'occlusion').scores.argmax()   # two classes: the first step is occlusion
+
+def test_a_twin_of_yes_and_no_is_not_measured_on_one_class(tokenizer):
+    several = DenseClassifier(BertModel(config(), add_pooling_layer=False), 2, multilabel=True).eval()
+    with pytest.raises(ValueError, match='is a yes or no'): measure_faithfulness(Reader(several, tokenizer), TEXTS, ('random',), level='words')
 
 @pytest.mark.parametrize('kwargs', [dict(), dict(level='words'), dict(methods=('random',))])
 def test_the_dense_twin_has_no_exact_answer(twin, tokenizer, kwargs):
@@ -119,7 +130,7 @@ def test_off_distribution_erases_what_was_asked_for(model):
 def test_iou_is_one_for_the_same_marks_and_needs_lengths():
     marks = [torch.tensor([0, 1, 1, 0, 1]).bool(), torch.tensor([1, 0, 0, 0, 0]).bool()]
     found = rationale_agreement([m.float() for m in marks[:1]], marks[:1])
-    assert found == pytest.approx(dict(token_f1=1, iou_f1=1, auprc=1, share=.6, texts=1))
+    assert found == pytest.approx(dict(token_f1=1, iou_f1=1, auprc=1, average_precision=1, share=.6, texts=1))
     with pytest.raises(ValueError, match='Text 1 has 4 scores but 5 marks'): rationale_agreement([torch.ones(5), torch.ones(4)], marks)
 
 def test_iou_averages_precision_and_recall_before_f1():
@@ -134,6 +145,30 @@ def test_all_methods_on_both_networks(model, twin, tokenizer):
         table, scores = compare_explainers(network, TEXTS[:2], WORD_METHODS, tokenizer, progress=False, samples=20, steps=4)
         assert list(scores) == list(methods) == list(table.index)
         assert all(len(s) == len(word_spans(t)) and s.isfinite().all() for found in scores.values() for s, t in zip(found, TEXTS))
+
+@pytest.mark.parametrize('method', WORD_METHODS)
+def test_a_text_of_one_word_is_explained(model, method):
+    found = explain_words(model, 'superb', method, samples=20, steps=4)
+    assert found.scores.shape == (1,) and found.scores.isfinite().all()
+    if method == 'kernel_shap': assert found.scores.item() == pytest.approx(explain_words(model, 'superb', 'occlusion').scores.item())
+
+@pytest.mark.parametrize('method', ['lime', 'kernel_shap'])
+def test_a_seed_is_a_seed_and_leaves_the_callers_alone(model, method):
+    score = lambda seed: explain_words(model, TEXTS[0], method, seed, samples=20).scores
+    torch.manual_seed(5); np.random.seed(5)
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy(), np.random.get_state()[2]
+    a, b, c = score(0), score(0), score(1)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(torch.random.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all() and np.random.get_state()[2] == before[2]
+
+def test_integrated_gradients_converge_where_padding_has_no_position(tokenizer):
+    "RoBERTa counts the tokens that are no padding: a baseline of padding tokens, read as ids, would stand at other positions than the path."
+    torch.manual_seed(0)
+    shape = dict(vocab_size=30522, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, max_position_embeddings=40,
+                 pad_token_id=tokenizer.pad_token_id, initializer_range=.5)
+    reader = Reader(DenseClassifier(RobertaModel(RobertaConfig(**shape), add_pooling_layer=False)).eval(), tokenizer)
+    gaps = [sum(explain_words(reader, t, 'integrated_gradients', steps=n).delta for t in TEXTS)/len(TEXTS) for n in (4, 32, 256)]
+    assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < .005
 
 @pytest.mark.parametrize('classes', [2, 3])
 def test_word_scores_are_the_explanations_less_the_average_class(tokenizer, classes):

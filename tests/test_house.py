@@ -80,6 +80,20 @@ def test_paper_knows_what_is_missing_or_stale(tmp_path, monkeypatch):
     (tmp_path/'paper/results/demo.json').unlink(); assert paper.state('demo') == 'missing'
     with pytest.raises(SystemExit, match='Unknown option --lst'): paper.main('--lst')
 
+@pytest.mark.parametrize('name, old, new, changed', [
+    ('robustness', 'arms: [full, dense]', 'arms: [full, dense, neither]', 'arms'),
+    ('demo', 'experiment_name: demo', 'experiment_name: demo\nevaluate_tiers: [accuracy, layers]', 'evaluate_tiers'),
+    ('conll2003_4k_seed0', 'train_samples: 4000', 'train_samples: 5000', 'train_samples'),
+    ('banking77', 'dataset_name: banking77', 'dataset_name: trec', 'dataset_name'),
+    ('conll2003', 'experiment_name: conll2003', 'experiment_name: conll2003\nmodel_name: bert-base-cased', 'model_name')])
+def test_paper_misses_what_a_result_does_not_hold(tmp_path, monkeypatch, name, old, new, changed):
+    paper = tool('paper')
+    shutil.copytree(ROOT/'paper', tmp_path/'paper'); monkeypatch.setattr(paper, 'ROOT', tmp_path)
+    before = paper.state(name)
+    file = tmp_path/f'paper/params/{name}.yaml'; text = file.read_text(); assert old in text
+    file.write_text(text.replace(old, new, 1))
+    assert changed in paper.state(name) and changed not in before
+
 @pytest.mark.slow
 def test_figures_are_drawn_from_the_committed_results():
     subprocess.run([sys.executable, ROOT/'tools/paper.py', '--draw'], check=True, cwd=ROOT)

@@ -27,9 +27,20 @@ def state(name: str) -> str:
     params, found = yaml.safe_load((ROOT/'paper/params'/f'{name}.yaml').read_text()), read_results(path)
     if name in READS and found['parameters'].get('weights') != read_results(ROOT/'paper/results'/f'{READS[name]}.json')['parameters'].get('trained_weights'):
         return f'stale (another model of {READS[name]})'
-    known = found['parameters'] | dict(seed=found['seed'], experiment_name=found['experiment'])
-    changed = [k for k, v in params.items() if k in known and known[k] != v]
+    known = known_of(found)
+    changed = [k for k, v in params.items() if k in known and known[k] != v and not (k.endswith('_samples') and v < 0)]     # below 0: all there are
+    changed += [k for k in ('arms', 'more_arms', 'evaluate_tiers') if any(not measured(found, name) for name in params.get(k, ()))]
     return f'stale ({", ".join(changed)} changed)' if changed else 'ready'
+
+def known_of(found: dict) -> dict:
+    "The parameters that a result was made with, as far as it says. Where the data were read from is not kept, only which and how many."
+    sizes = {f'{split}_samples': found['data']['sizes'][split] for split in ('train', 'test') if split in found['data'].get('sizes', ())}
+    named = {'dataset_name': found['data']['name']} if 'name' in found['data'] else {}
+    return dict(model_name=found['backbone']) | sizes | named | found['parameters'] | dict(seed=found['seed'], experiment_name=found['experiment'])
+
+def measured(found: dict, name: str) -> bool:
+    "Whether a result holds an arm (of any seed) or a tier; three tiers have no entry of their own."
+    return name in ('accuracy', 'identity', 'grounding') or any(m == name or m.startswith(f'{name}, seed ') for m in found['metrics'])
 
 def run(name: str):
     "One experiment; its results are committed under its name."

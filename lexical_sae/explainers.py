@@ -38,8 +38,8 @@ class Attribution:
     delta: float|None = None   # integrated gradients: by how much the scores miss the difference to the baseline, relative to the sum of their sizes
 
 def centred(logits: Tensor, c: Tensor|int) -> Tensor:                    # [n,C] -> [n]
-    "The logit of a class less the mean of all."
-    return logits[:, c] - logits.mean(-1)
+    "The logit of a class less the mean of all; one logit stands against nothing."
+    return logits[:, c] - (logits.mean(-1) if logits.shape[-1] > 1 else 0.)
 
 # %% ../nbs/05b_explainers.ipynb #89cbc8e4
 DIM_METHODS = ('dla', 'gradient_x_input', 'integrated_gradients', 'random', 'greedy')

@@ -202,7 +202,8 @@ def _batch_scores(reader, texts):
     seq = model.encode(**batch); state = model.classify(seq)
     words = compute_active_slice_weff(state.sparse_vector, state.head)    # W_eff at the K open words alone
     own = words.W_eff[torch.arange(len(texts)), state.logits.argmax(-1)]  # [B,K] of the predicted class
-    parts, real = words.values*(own - words.W_eff.mean(1)), batch['attention_mask'].bool()      # [B,K], as `centred_contributions`
+    mean = words.W_eff.mean(1) if words.W_eff.shape[1] > 1 else 0.          # one logit stands against nothing
+    parts, real = words.values*(own - mean), batch['attention_mask'].bool()     # [B,K], as `centred_contributions`
     for b, text in enumerate(texts):
         one, k = SparseSequence(seq.h[b:b + 1], seq.keep[b:b + 1], model), words.mask[b]
         by_position = position_shares(one, _row_of(state, b), words.index[b, k]).T @ parts[b, k]    # [L]

@@ -224,3 +224,14 @@ def test_comparison_explains_both_networks(trained):
     ours, twin = found['explainers']['Lexical-SAE'], found['explainers']['dense twin']
     assert set(ours) == set(WORD_METHODS) | {'greedy'} and set(twin) == set(ours) - {'dla'} and found['explained'] == 3
     assert ours['dla']['readings'] == 1 and all(0 <= r['flipped@10'] <= 1 for r in (ours | twin).values())
+
+def test_one_logit_is_explained_by_its_own_parts(tokenizer):
+    "A question has no other class whose mean could be taken away."
+    torch.manual_seed(0)
+    asked = LexicalSAEForSequenceClassification.from_backbone(BertForMaskedLM(config()), label_names=['yes'], problem_type='multi_label_classification', tokenizer=tokenizer, check=False,
+                                                              initial_words=30, classifier_hidden=8).eval()
+    with torch.no_grad(): asked.head.fc2.weight.normal_()
+    for t in TEXTS[:2]:
+        state, scores = Reader(asked).state([t]), word_scores(asked, t)
+        assert scores.abs().max() > 1e-3 and scores.sum().item() == pytest.approx((state.logits - state.b_eff).item(), abs=1e-4)
+        assert explain_words(asked, t, 'occlusion').scores.abs().max() > 1e-4

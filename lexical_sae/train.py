@@ -125,7 +125,7 @@ class LexicalTrainer(CheckpointingTrainer):
         self.reference = ReferenceCache(reference.to(args.device), args.reference_cache_mib) if reference is not None else None
         tau = None if args.target_accuracy is None else tau_from_accuracy(args.target_accuracy, model.config.num_labels, args.label_smoothing,
                                                                           self.multilabel)
-        self.geco = GECOController(tau, args.dual_rate, active_target=args.active_target, relax=args.tau_relax, window=max(1, min(200, self._epoch_steps())))
+        self.geco = GECOController(tau, args.dual_rate, active_target=args.active_target, relax=args.tau_relax, window=max(20, min(200, self._epoch_steps())))
         self.start_theta = model.config.start_theta or model.activation.theta.median().item()    # not noted by earlier versions
         self.centroids = AttributionCentroidTracker(model.config.num_labels, model.num_dims).to(args.device)
         self.margin, self.frequencies = LearnedMargin(), FeatureFrequencyTracker(model.num_dims).to(args.device)

@@ -419,7 +419,7 @@ def draw_frontier(
         near = (y.drop(arm) - y[arm]).abs().sort_values().index[:1]
         side = -1 if len(near) and x[arm] < x[near[0]] else 1
         ax.annotate(arm, (x[arm], y[arm]), fontsize=7, xytext=(9*side, 0), textcoords='offset points', ha={1: 'left', -1: 'right'}[side], va='center')
-    ax.axhline(0, color='0.7', lw=.8); ax.margins(x=.2)
+    ax.axhline(0, color='0.7', lw=.8); ax.margins(x=.3)
     ax.set(xlabel=share.replace('_', ' '), ylabel='accuracy minus dense, points')
     return ax
 

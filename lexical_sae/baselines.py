@@ -191,6 +191,7 @@ def measure_sae(
     batch_size: int = 256, # states at a time
 ) -> Baseline:
     "Reconstruction, features, accuracy after substitution, and the error of attributing the logits through it."
+    if len(states) < 2: raise ValueError("What is lost is told against the spread of the states: give at least two held-out texts.")
     logits, labels, sums = head(states).cpu(), torch.as_tensor(labels), dict.fromkeys(('gap', 'active', 'lost', 'total', 'miss', 'size'), 0.)
     opened, worst, predicted = torch.zeros(sae.encoder.out_features, dtype=torch.bool), 0., []
     for x, l in zip(states.split(batch_size), logits.split(batch_size)):

@@ -363,7 +363,7 @@ class LexicalTrainer(CheckpointingTrainer):
 
     def log(self, logs, *args, **kwargs):
         if 'loss' in logs and self.terms:
-            logs |= {k: sum(v)/len(v) for k, v in self.terms.items()}
+            logs |= {k: self._mean(sum(v)/len(v)) for k, v in self.terms.items()}
             gate = self._net.activation
             theta = gate.theta[gate.allowed]
             logs |= {'lambda': self.geco.lambda_ce, 'theta': gate.theta.mean().item(), 'theta_min': theta.min().item(),

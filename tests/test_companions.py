@@ -73,6 +73,7 @@ def test_attribution_through_the_autoencoder_is_exact_about_the_substitute_only(
         assert identity_error(state) <= 1e-5 and torch.allclose(state.logits, head(sae(x)), atol=1e-4)
         assert relative_gap(head(x), state.attribution(), state.b_eff).max() > 1e-2
         row = measure_sae(sae, head, x, [0]*50, batch_size=7)
+    with pytest.raises(ValueError, match='at least two'): measure_sae(sae, head, x[:1], [0])
     assert row.attribution_worst == pytest.approx(relative_gap(head(x), state.attribution(), state.b_eff).max().item(), rel=1e-4)
 
 def test_pooled_states_follow_the_order_of_the_texts(tokenizer):

@@ -37,6 +37,7 @@ def runs(tmp_path_factory):
 def test_state_is_identical_on_each_process(runs):
     a, b = ended(runs[1], 0), ended(runs[1], 1)
     assert {'geco.log_lambda', 'geco.tau', 'centroids.centroids', 'frequencies.frequency', 'frequencies.start', 'margin.margin'} <= set(a['method'])
+    assert a['log'] == b['log']                                          # a term is the mean over both, not the first one's own
     assert a['method'] == b['method'] and a['active'] == b['active'] and a['step'] == b['step'] == 24
     assert a['weights'] == b['weights']
     assert {k: a['evaluation'][k] for k in ('eval_ce', 'eval_active', 'eval_reference_share')} == {k: b['evaluation'][k] for k in ('eval_ce',
@@ -53,6 +54,8 @@ def test_two_processes_equal_one_on_the_same_global_batch(runs):
     assert [h['lambda'] for h in two['log']] == pytest.approx([h['lambda'] for h in one['log']], rel=1e-3)
     assert max(h['lambda'] for h in one['log']) > 1.05
     assert any('band' in h for h in two['log'])                          # the term that is a logarithm of a mean was on
+    for k in ('ce', 'anchor', 'evidence', 'completeness', 'active'):
+        assert [h[k] for h in two['log'] if k in h] == pytest.approx([h[k] for h in one['log'] if k in h], rel=2e-3, abs=1e-4), k
     for k in ('eval_ce', 'eval_accuracy', 'eval_active', 'eval_reference_share'):    # of 27 texts: the last batches are filled up with others
         assert two['evaluation'][k] == pytest.approx(one['evaluation'][k], rel=1e-3, abs=1e-4), k
 
@@ -103,6 +106,7 @@ config = TrainingConfig(active_target=40., anchor_margin=4., dataset_name='mine'
     validation_share=.2, evaluations=2, learning_rate=5e-3, batch_size=8, training=training, model=dict(initial_words=60, classifier_hidden=8, check=False))
 found = run_arm(config, 'small', positive_class='pos')
 print('ended', found['metrics']['accuracy'], found['metrics']['active_dims'], found['metrics']['reference_share'], flush=True)
+torch.distributed.destroy_process_group()
 """
 
 @pytest.mark.slow

@@ -69,5 +69,6 @@ def main(folder, *options):
                 evaluation=trainer.evaluate() if held_out else None, weights=[p.detach().double().norm().item() for p in trainer.model.parameters()])
     Path(folder).mkdir(exist_ok=True)
     Path(folder, f'ends{trainer.args.process_index}.json').write_text(json.dumps(ends))
+    trainer.accelerator.end_training()                                   # or gloo's threads may abort the interpreter as it leaves
 
 if __name__ == '__main__': main(*sys.argv[1:])

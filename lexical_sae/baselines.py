@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from .activation import JumpReLU
 from .dense import DenseClassifier
 from .dla import CircuitState, ClassifierHead, circuit_state, relative_gap
-from .model import LexicalSAE
+from .explainers import seeded
+from .model import LexicalSAE, LexicalSAEConfig
 from .results import paired_bootstrap
 from .words import normalise_word, text_words
 
@@ -105,15 +106,17 @@ def fit_sae(
     progress: bool = True,
 ) -> PostHocSAE:
     "Train a post-hoc sparse autoencoder with Adam."
-    torch.manual_seed(seed)
-    sae = PostHocSAE(states, num_features or 4*states.shape[1], active, kind)
+    with seeded(seed): return _fitted(PostHocSAE(states, num_features or 4*states.shape[1], active, kind), states, steps, batch_size, learning_rate, patience, progress)
+
+def _fitted(sae, states, steps, batch_size, learning_rate, patience, progress):
+    "The autoencoder, trained on the states; the rate falls over the last fifth of the steps."
     optimizer = torch.optim.Adam(sae.parameters(), learning_rate)
     silent = torch.zeros(sae.encoder.out_features, dtype=torch.long, device=states.device)
-    for step in tqdm(range(steps), desc=f'{kind} SAE', mininterval=5, disable=not progress):
-        for group in optimizer.param_groups: group['lr'] = learning_rate*min(1, 5*(steps - step)/steps)   # falls over the last fifth
+    for step in tqdm(range(steps), desc=f'{sae.kind} SAE', mininterval=5, disable=not progress):
+        for group in optimizer.param_groups: group['lr'] = learning_rate*min(1, 5*(steps - step)/steps)
         loss = _sae_loss(sae, states[torch.randint(len(states), (min(batch_size, len(states)),))], silent, patience)
         optimizer.zero_grad(); loss.backward(); optimizer.step(); sae.normalise()
-    if kind == 'jumprelu': _calibrate(sae, states)
+    if sae.kind == 'jumprelu': _calibrate(sae, states)
     return sae.eval().requires_grad_(False)
 
 @torch.no_grad()
@@ -145,14 +148,15 @@ def pooled_states(
     dense: DenseClassifier,
     texts: list[str],
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int|None = None,  # tokens; None: the backbone's limit
+    max_length: int|None = None,  # tokens; None, or more than the backbone reads: its limit
     batch_size: int = 64,
 ) -> Tensor:                      # [n,D] in the order of the texts
     "The pooled hidden state of every text: the input of the dense classifier's last layer."
     found, out = [], torch.empty(len(texts), dense.head.in_features)
     hook = dense.head.register_forward_pre_hook(lambda module, args: found.append(args[0].float().cpu()))
     order, was_training, device = sorted(range(len(texts)), key=lambda i: len(texts[i])), dense.training, dense.head.weight.device
-    limit = max_length or getattr(dense.encoder.config, 'max_position_embeddings', 512)
+    limit = LexicalSAEConfig(backbone_config=dense.encoder.config).max_positions                 # RoBERTa reads fewer than it has positions
+    limit = min(max_length or limit, limit)
     dense.eval()
     try:
         for i in tqdm(range(0, len(order), batch_size), desc='hidden states', mininterval=5, disable=len(order) < 20*batch_size):

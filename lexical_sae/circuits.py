@@ -73,12 +73,13 @@ class Separation:
     cosine: np.ndarray    # [C,C]
     jaccard: np.ndarray   # [C,C] of the `top` strongest words
     top: int
+    opposed: bool = False  # the model has these two classes only
 
     def to_dict(self) -> dict:
-        "Mean over pairs of classes, and the words by class."
+        "Mean over pairs of classes (None where two are opposed), and the words by class."
         off = ~np.eye(len(self.classes), dtype=bool)
-        return dict(cosine=float(self.cosine[off].mean()), jaccard=float(self.jaccard[off].mean()), top=self.top,
-                    words={c: [w for w, _ in words] for c, words in zip(self.classes, self.words)})
+        mean = lambda table: None if self.opposed else float(table[off].mean())
+        return dict(cosine=mean(self.cosine), jaccard=mean(self.jaccard), top=self.top, words={c: [w for w, _ in words] for c, words in zip(self.classes, self.words)})
 
     def plot(self, k: int = 10, axes=None):
         "The words of each class, as bars."
@@ -95,6 +96,7 @@ def separate(
     classes: list,    # [C] names
     words: list,      # [V]
     top: int = 50,    # strongest words that are compared
+    opposed: bool = False,  # the model has these two classes only
 ) -> Separation:
     "How alike mean circuits are, by what speaks *for* each class: a word that adds nothing belongs to none."
     mean = mean.double().clamp(min=0)
@@ -103,7 +105,7 @@ def separate(
     unit, tops = F.normalize(mean, dim=-1), [set(row) for row in strongest]
     named = tuple(tuple((words[j], mean[i, j].item()) for j in row) for i, row in enumerate(strongest))
     jaccard = np.array([[len(a & b)/max(1, len(a | b)) for b in tops] for a in tops])
-    return Separation(tuple(classes), named, (unit @ unit.T).numpy(), jaccard, top)
+    return Separation(tuple(classes), named, (unit @ unit.T).numpy(), jaccard, top, opposed)
 
 class SeparationFitter:
     "Streams over classified texts; each text counts for the class it is predicted to have."
@@ -124,4 +126,4 @@ class SeparationFitter:
         "Classes that were never predicted are left out."
         here = self.count.nonzero()[:, 0]
         if len(here) < 2: raise ValueError("Fewer than two classes were predicted: separation needs two.")
-        return separate(self.total[here]/self.count[here, None], [self.names[i] for i in here.tolist()], self.words, self.top)
+        return separate(self.total[here]/self.count[here, None], [self.names[i] for i in here.tolist()], self.words, self.top, opposed=len(self.names) == 2)

@@ -225,12 +225,12 @@ def evaluate(
     data: EvaluationData,
     tiers: tuple|None = None,        # of `TIERS`; None: the cheap ones that this model can be asked
     seed: int = 0,
-    max_length: int|None = None,     # tokens; None: the model's limit
+    max_length: int|None = None,     # tokens of a classifier's texts; None: the model's limit
     limit: int = 200,                # texts for what reads a text many times (words of faithfulness, layers); 0: all
     report: Callable = lambda line: None,   # told when a tier is done, such as `print`
 ) -> MechanisticReport:
     "Measure a classifier or a tagger, tier by tier."
-    tiers, was_training, clock, parts = _checked(model, data, tiers), model.training, _Clock(report), {}
+    tiers, was_training, clock, parts = _checked(model, data, tiers, max_length), model.training, _Clock(report), {}
     options, data = dict(max_length=max_length, seed=seed, limit=limit), _with_reference(model, data, tiers)
     model.eval()
     try:
@@ -243,7 +243,7 @@ def evaluate(
 
 def _is_tagger(model): return isinstance(model, LexicalSAEForTokenClassification)
 
-def _checked(model, data, tiers):
+def _checked(model, data, tiers, max_length):
     "Each tier once; a sentence for what cannot be measured."
     may, why = _askable(model)
     tiers = tuple(dict.fromkeys([t for t in CHEAP if t in may] if tiers is None else tiers))
@@ -251,7 +251,9 @@ def _checked(model, data, tiers):
     if not tiers: raise ValueError(f"No tier was asked for: choose from {', '.join(TIERS)}.")
     if not data.texts: raise ValueError("There is no text to evaluate on: pass at least one.")
     if 'accuracy' in tiers and data.labels is None: raise ValueError("Accuracy needs labels: give them, or leave the tier out.")
-    if _is_tagger(model): _check_tags(data)
+    if _is_tagger(model):
+        if max_length: raise ValueError("A tagger reads every word of a sentence: leave max_length out.")
+        _check_tags(data)
     else: check_texts(data.texts)
     if beyond := [t for t in tiers if t not in may]: raise ValueError(f"The tier '{beyond[0]}' {why} choose from {', '.join(may)}.")
     return tiers

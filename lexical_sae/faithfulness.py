@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .dense import DenseClassifier
-from .dla import CircuitState, circuit_state, compute_active_slice_weff
+from .dla import CircuitState, circuit_state, compute_active_slice_weff, word_columns
 from .explain import position_shares
 from .grounding import centred_contributions
 from .model import LexicalSAE, LexicalSAEConfig, SparseSequence
@@ -92,15 +92,15 @@ def greedy_scores(
     "Scores of the greedy oracle."
     scores = centred_contributions(state).clone()                        # [B,V]
     head, floor = state.head, scores.abs().max().item() + 1
-    layer = head.words
     for b, s in enumerate(state.sparse_vector):
         ids = s.nonzero()[:, 0]
-        columns = (layer.columns(ids) if hasattr(layer, 'columns') else layer.weight[:, ids])*s[ids]     # [H,K] what each word adds
-        u, left, c = columns.sum(1) + layer.bias, torch.ones(len(ids), dtype=torch.bool, device=s.device), state.logits[b].argmax()
+        columns = word_columns(head.words, ids)*s[ids]                   # [H,K] what each word adds
+        u, left, c = columns.sum(1) + head.words.bias, torch.ones(len(ids), dtype=torch.bool, device=s.device), state.logits[b].argmax()
         for step in range(min(len(ids), steps or len(ids))):
             logits = head.from_hidden((u[:, None] - columns).T)          # [K,C] each word removed in turn
             others = logits.clone(); others[:, c] = -torch.inf
-            gap = (logits[:, c] - others.amax(-1)).masked_fill(~left, torch.inf)
+            rival = others.amax(-1) if others.shape[-1] > 1 else 0.      # one logit stands against nothing
+            gap = (logits[:, c] - rival).masked_fill(~left, torch.inf)
             j = gap.argmin()
             scores[b, ids[j]] = floor + len(ids) - step
             u, left[j] = u - columns[:, j], False
@@ -383,7 +383,7 @@ def _without_best(reader, s, share):
 
 def _distances(train, plain, changed):
     "Median distance and AUC of unchanged vectors [n,V] and of each kind of changed ones."
-    columns = (train > 0).any(0) | (plain > 0).any(0)                    # the others are zero everywhere
+    columns = torch.stack([(x > 0).any(0) for x in (train, plain, *changed.values())]).any(0)          # the others are zero everywhere
     near = NearestNeighbors(n_neighbors=1, metric='cosine').fit(train[:, columns].numpy())
     distance = {name: near.kneighbors(x[:, columns].numpy())[0][:, 0] for name, x in ({'unchanged': plain} | changed).items()}
     told = lambda x: float(roc_auc_score(np.repeat([0, 1], [len(plain), len(x)]), np.r_[distance['unchanged'], x]))

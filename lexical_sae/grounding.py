@@ -78,7 +78,7 @@ def centred_contributions(
 ) -> Tensor:                      # [B,V]
     "`s_j (W_eff[c,j] - mean_c W_eff[c,j])`: what each word adds to its class over the average class."
     classes = state.logits.argmax(-1) if classes is None else classes
-    if not centred: return state.attribution(classes)
+    if not centred or state.logits.shape[-1] == 1: return state.attribution(classes)     # one logit has no average but itself
     parts = state.attribution()                                          # [B,C,V]
     return parts[torch.arange(len(classes)), classes] - parts.mean(1)
 

@@ -32,6 +32,7 @@ class Windows:
     input_ids: Tensor       # [W,L] special tokens in each window
     attention_mask: Tensor  # [W,L]
     offsets: Tensor         # [W,L,2] characters of each token
+    text: str               # the whole
 
 def windows_of(
     model: LexicalSAE,
@@ -47,7 +48,7 @@ def windows_of(
     if not 0 <= overlap < room: raise ValueError(f"Windows of {window} tokens cannot overlap by {overlap}: choose an overlap from 0 to {room - 1}.")
     enc = tokenizer(text, truncation=True, max_length=window, stride=overlap, return_overflowing_tokens=True, return_offsets_mapping=True,
                     padding=True, return_tensors='pt', verbose=False)
-    return Windows(enc['input_ids'].to(model.device), enc['attention_mask'].to(model.device), enc['offset_mapping'])
+    return Windows(enc['input_ids'].to(model.device), enc['attention_mask'].to(model.device), enc['offset_mapping'], text)
 
 @torch.no_grad()
 def pool_windows(
@@ -72,8 +73,10 @@ class WindowedState:
     windows: Windows
 
     def spans(self, ids: Tensor) -> Tensor:                              # [K] words -> [K,2]
-        "The characters that each word was said at."
-        return self.windows.offsets.flatten(0, 1)[self.state.position[0, ids].long().cpu()]
+        "The characters that each word was said at, without a blank that a byte-level tokenizer counts to its token."
+        spans = self.windows.offsets.flatten(0, 1)[self.state.position[0, ids].long().cpu()]
+        said = [self.windows.text[a:b] for a, b in spans.tolist()]
+        return spans + torch.tensor([[len(w) - len(w.lstrip()), 0] for w in said]).view(-1, 2)
 
 def classify_windows(
     model: LexicalSAE,

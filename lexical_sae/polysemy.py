@@ -132,8 +132,8 @@ def expand_senses(
     (weight, _), names = model.decoder(), model.words
     expander = SenseExpander(ids, *weight.shape, num_senses).to(weight.device)
     contexts = [_contexts_of(model, names[i], texts, most) for i in ids]
-    if few := [names[i] for i, h in zip(ids, contexts) if len(h) < num_senses]:
-        warnings.warn(f"{len(few)} of {len(ids)} words occur in fewer than {num_senses} texts ({', '.join(few[:5])}): their slots start at random; give more texts.")
+    if few := [names[i] for i, h in zip(ids, contexts) if len(torch.unique(h, dim=0)) < num_senses]:
+        warnings.warn(f"{len(few)} of {len(ids)} words occur in fewer than {num_senses} different texts ({', '.join(few[:5])}): their slots start at random; give more texts.")
     start_slots(expander, contexts, seed)
     base = expander.base_ids()
     _widen(model, base)
@@ -181,7 +181,7 @@ def load_wic(
 class WordInContext:
     "Same sense or not, told by slots."
     pairs: int                # both occurrences found
-    skipped: int              # not found, or a word with fewer contexts than senses
+    skipped: int              # not found, or a word with no more contexts than senses
     chance: float             # share of the more frequent answer
     slot_accuracy: float      # same slot = same sense
     slot_same: float          # share of pairs that the slots call the same

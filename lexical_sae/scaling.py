@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .activation import TopK
-from .dla import CircuitState
+from .dla import CircuitState, word_columns
 from .grounding import FrozenReference, centred_contributions
 from .backbone import projection
 from .model import LexicalSAE, check_texts
@@ -163,12 +163,12 @@ def removal_effects(
 ) -> Tensor:                       # [B,V], 0 at closed words
     "What the class-centred logit loses when a word is removed alone: recomputed, not predicted."
     s, head, out = state.sparse_vector, state.head, torch.zeros_like(state.sparse_vector)
-    classes, fc = state.logits.argmax(-1) if classes is None else classes, head.fc1 or head.fc2
+    classes = state.logits.argmax(-1) if classes is None else classes
     for b, c in enumerate(classes.tolist()):
         ids = (s[b] > 0).nonzero()[:, 0]                                 # [K]
-        u = fc(s[b]) - s[b, ids, None]*fc.weight[:, ids].T               # [K,H] without one word each
+        u = head.words(s[b]) - s[b, ids, None]*word_columns(head.words, ids).T   # [K,H] without one word each
         lost = state.logits[b] - head.from_hidden(u)                     # [K,C]
-        out[b, ids] = lost[:, c] - lost.mean(-1)
+        out[b, ids] = lost[:, c] - (lost.mean(-1) if lost.shape[-1] > 1 else 0.)
     return out
 
 # %% ../nbs/05f_scaling.ipynb #05c27c5f
@@ -315,7 +315,7 @@ def measure_scaling(
     model: LexicalSAE,
     texts: list[str],                        # held out
     labels: list[int]|None = None,           # adds the frontier, the task's loss, and the classes as concepts
-    train_texts: list[str]|None = None,      # adds the downstream loss; a sample of 500 is used
+    train_texts: list[str]|None = None,      # adds the downstream loss; at most 500 of them are read
     concepts: dict|None = None,              # name -> 0 or 1 for each text: adds probes
     reference: FrozenReference|None = None,  # adds its masked-language-model loss
     max_length: int|None = None,             # tokens; None: the model's limit
@@ -334,5 +334,5 @@ def measure_scaling(
     model.train(was_training)
     known = {f'class {n}': [int(l == c) for l in labels] for c, n in model.config.id2label.items()} if labels is not None else {}
     known = {name: [y[j] for j in order] for name, y in (known | (concepts or {})).items()}
-    sample = None if train_texts is None else train_texts[::max(1, len(train_texts)//500)]
+    sample = None if not train_texts else train_texts[::max(1, -(-len(train_texts)//500))]
     return fitter.fit(known, None if sample is None else compute_downstream_loss(model, texts, sample, labels, reference, max_length, batch_size))

@@ -269,7 +269,7 @@ def test_senses_refuse_what_is_not_built(tokenizer, model):
     with pytest.raises(ValueError, match="pooling='max'"): LexicalSAEConfig(sense_words=[5], pooling='attention')
     with pytest.raises(ValueError, match="pooling='max'"): expand_senses(build(tokenizer, pooling='attention'), ['bank'], TEXTS)
     with pytest.raises(ValueError, match='zzqq'): expand_senses(model, ['zzqq'], TEXTS)
-    with pytest.warns(UserWarning, match='1 of 2 words occur in fewer than 2 texts \\(zebra\\)'): expand_senses(model, ['bank', 'zebra'], TEXTS)
+    with pytest.warns(UserWarning, match='1 of 2 words occur in fewer than 2 different texts \\(zebra\\)'): expand_senses(model, ['bank', 'zebra'], TEXTS)
     with pytest.raises(NotImplementedError, match='Tagging is not built'): model.tag(model.encode(**model.batch(TEXTS)))
 
 def test_varied_words_need_occurrences(model):

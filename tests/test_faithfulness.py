@@ -12,9 +12,11 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, 
 
 from lexical_sae.dense import DenseClassifier
 from lexical_sae.explainers import WORD_METHODS, Reader, compare_explainers, explain_dims, explain_words
-from lexical_sae.faithfulness import (greedy_word_scores, measure_faithfulness, off_distribution, rationale_agreement, word_scores,
+from lexical_sae.faithfulness import (greedy_scores, greedy_word_scores, measure_faithfulness, off_distribution, rationale_agreement, word_scores,
                                       words_curve)
+from lexical_sae.grounding import centred_contributions
 from lexical_sae.model import LexicalSAEForSequenceClassification
+from lexical_sae.scaling import removal_effects
 from lexical_sae.words import word_spans
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,7 +192,6 @@ def trained(tmp_path_factory, tokenizer):
     "A model, a dense backbone and a task with marked words, as folders."
     folder = tmp_path_factory.mktemp('task')
     build(tokenizer).save_pretrained(folder/'model')
-    BertForMaskedLM(config()).save_pretrained(folder/'bert'); tokenizer.save_pretrained(folder/'bert')
     rows = [dict(text=f'{t} {i}', label=('NEG', 'POS')[l], rationale_tokens=[[0, 2], [3, 4]] if i % 2 else [])
             for i, (t, l) in enumerate(zip(TEXTS*6, LABELS*6))]
     (folder/'data').mkdir()
@@ -219,10 +220,10 @@ def test_faithfulness_with_rationales(trained):
 
 @pytest.mark.slow
 def test_comparison_explains_both_networks(trained):
-    found, _ = experiment(trained, notebook='comparison', experiment_name='c', explained=3, backbone=str(trained/'bert'), num_train_epochs=1, warmup_steps=1,
+    found, _ = experiment(trained, notebook='comparison', experiment_name='c', explained=1, training=dict(num_train_epochs=1, warmup_steps=1),
                           positive_class=None, published=str(ROOT/'paper/published.yaml'))
     ours, twin = found['explainers']['Lexical-SAE'], found['explainers']['dense twin']
-    assert set(ours) == set(WORD_METHODS) | {'greedy'} and set(twin) == set(ours) - {'dla'} and found['explained'] == 3
+    assert set(ours) == set(WORD_METHODS) | {'greedy'} and set(twin) == set(ours) - {'dla'} and found['explained'] == 1
     assert ours['dla']['readings'] == 1 and all(0 <= r['flipped@10'] <= 1 for r in (ours | twin).values())
 
 def test_one_logit_is_explained_by_its_own_parts(tokenizer):
@@ -235,3 +236,9 @@ def test_one_logit_is_explained_by_its_own_parts(tokenizer):
         state, scores = Reader(asked).state([t]), word_scores(asked, t)
         assert scores.abs().max() > 1e-3 and scores.sum().item() == pytest.approx((state.logits - state.b_eff).item(), abs=1e-4)
         assert explain_words(asked, t, 'occlusion').scores.abs().max() > 1e-4
+        own = state.attribution(torch.zeros(1, dtype=torch.long))
+        for found in (centred_contributions(state), explain_dims(asked, t, 'dla').scores, explain_dims(asked, t, 'gradient_x_input').scores):
+            assert torch.allclose(found.flatten(), own.flatten(), atol=1e-5)
+        j, lost = int(own[0].argmax()), removal_effects(state)
+        assert lost[0, j].item() == pytest.approx((state.logits - asked.head(state.sparse_vector.index_fill(1, torch.tensor([j]), 0.))).item(), abs=1e-5)
+        assert sorted(greedy_scores(state)[0].topk(int(state.num_active)).indices.tolist()) == state.sparse_vector[0].nonzero()[:, 0].tolist()

@@ -65,7 +65,7 @@ class CheckpointingTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save: self._finish_checkpoint(Path(self._staging)/name, final)
         except (OSError, SafetensorError, RuntimeError) as e:
-            raise OSError(f"The checkpoint of step {self.state.global_step} could not be written ({e}): free some space, then resume; "
+            raise OSError(f"The checkpoint of step {self.state.global_step} could not be written ({e}): if the disk is full, free some space, then resume; "
                           "earlier checkpoints are intact.") from e
         finally:
             if self.args.should_save: shutil.rmtree(self._staging, ignore_errors=True)

@@ -226,6 +226,7 @@ def load_task(
     "Load a task from the hub, a wheel, or your own files; bad input raises ValueError or OSError with one sentence."
     if source == 'hub' and _is_path(name): name, source = Path(name).stem, name
     task = _find_task(name, source)
+    if config and not task.hub: raise ValueError(f"config names a part of a dataset on the hub, and {task.name} is not read from there: leave it out.")
     if config: task = replace(task, hub=(task.hub[0], config, task.hub[2]))
     raw = _divide(_load_source(task, source), task.split_column)
     if task.prepare: raw = {split: task.prepare(rows) for split, rows in raw.items()}

@@ -132,7 +132,7 @@ class LearnedMargin(nn.Module):
         start: float = .1,    # m at first, a difference of cosines
         weight: float = .02,  # w: at the optimum m = w / (share of violations)
         rate: float = .5,     # step on log m
-        most: float = 1.,     # separated classes would ask for ever more; cosines of non-negative parts differ by 1 at most
+        most: float = 1.,     # separated classes would ask for ever more
     ):
         super().__init__()
         self.weight, self.rate, self.most = weight, rate, most

@@ -110,7 +110,7 @@ def learning_rate_range_test(
 
 def _steepest(rates: list, losses: list) -> float:
     "The rate at which the loss falls fastest per decade, before its minimum."
-    if len(rates) < 10: raise ValueError("The loss exploded within ten steps of the range test: lower `low`, or check the data.")
+    if len(rates) < 10: raise ValueError("The loss exploded within ten steps of the range test: give a learning_rate, or check the data.")
     end = max(5, min(range(len(losses)), key=losses.__getitem__))
     slope = torch.gradient(torch.tensor(losses[:end + 1]), spacing=math.log(rates[1]/rates[0]))[0]
     return rates[int(slope[3:].argmin()) + 3]              # the first averages rest on too few losses

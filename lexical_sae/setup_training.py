@@ -68,7 +68,7 @@ class TrainingConfig:
     head_start: bool = True              # fit the head to the untrained model's words first, factored through their embeddings
     distil: bool = True                  # train the dense twin first and let it teach
     twin: str|None = None                # folder that keeps the dense twin for other runs on the same data and seed; None: trained anew
-    evaluations: int = 10                # on the validation split, if there is one, after the warm-up; the model that is kept is chosen there
+    evaluations: int = 10                # on the validation split, if there is one; the model that is kept is chosen from those after the warm-up
     training: dict = field(default_factory=dict)  # further fields of `LexicalTrainingArguments`
     model: dict = field(default_factory=dict)     # of `from_backbone`: pooling, gate, classifier_hidden, vocabulary, ...
     dense: dict = field(default_factory=dict)     # of the dense twin: learning_rate, head_multiplier
@@ -209,10 +209,10 @@ def _prepare(setup, args, learned):
 
 def timed(trainer, checkpoint: str|None = None, every: int = 60) -> float:  # seconds per step
     "Train with a line of progress now and then."
-    trainer.remove_callback(PrinterCallback); trainer.add_callback(ProgressLines(every))
-    steps, begin = trainer.state.global_step, time.perf_counter()
+    lines, begin = ProgressLines(every), time.perf_counter()
+    trainer.remove_callback(PrinterCallback); trainer.add_callback(lines)
     trainer.train(resume_from_checkpoint=checkpoint)
-    return (time.perf_counter() - begin)/max(1, trainer.state.global_step - steps)
+    return (time.perf_counter() - begin)/max(1, trainer.state.global_step - lines.first)
 
 _NOT_THE_TWINS = ('learning_rate', 'logging_steps', 'save_strategy', 'save_steps', 'save_total_limit', 'eval_strategy', 'eval_steps', 'eval_on_start', 'load_best_model_at_end', 'report_to',
                   'disable_tqdm', 'use_cpu', 'remove_unused_columns', 'optim')    # what is common to both trainers and changes nothing in the twin
@@ -225,7 +225,7 @@ def _twin_key(setup):
     return plain(asked | shared | DENSE | config.dense | dict(data=fingerprint(setup.data['train']), backbone=config.model_name, length=setup.max_length))
 
 def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # on the CPU; seconds per step
-    "The dense twin, trained on the same texts for as many epochs, or read from the folder that keeps it."
+    "The dense twin, trained for as many epochs on all training texts (the few on which open words are watched included), or read from the folder that keeps it."
     config = setup.config
     kept, key, own = Path(config.twin) if config.twin else None, _twin_key(setup), DENSE | config.dense
     set_seed(config.seed)
@@ -235,7 +235,7 @@ def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # on the CPU; sec
                            label_smoothing=config.training.get('label_smoothing', LexicalTrainingArguments.label_smoothing), class_weights=weights)
     if kept and (kept/'twin.json').exists():
         found = json.loads((kept/'twin.json').read_text())
-        if changed := sorted(k for k, v in key.items() if found['key'].get(k) != v):
+        if changed := sorted(k for k in key.keys() | found['key'].keys() if found['key'].get(k) != key.get(k)):
             raise ValueError(f"{kept} keeps a dense twin of another {changed[0]}: choose another folder, or remove it.")
         twin.load_state_dict(load_file(kept/'twin.safetensors'))
         return twin.eval(), found['step_seconds']

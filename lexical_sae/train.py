@@ -38,7 +38,7 @@ _LESS_IS_BETTER = ('ce', 'eval_ce', 'active', 'eval_active')   # the Trainer kno
 class LexicalTrainingArguments(TrainingArguments):
     "`TrainingArguments` with the knobs of the method."
     sparsity_target: float = field(default=.1, metadata={'help': "share of a text's active words that makes its circuit"})
-    warmup_fraction: float = field(default=.2, metadata={'help': 'share of steps on cross-entropy and anchor only'})
+    warmup_fraction: float = field(default=.2, metadata={'help': 'share of steps without circuit losses and constraint'})
     target_accuracy: float|None = field(default=None, metadata={'help': 'sets tau; None: from the warm-up'})
     active_target: float = field(default=50., metadata={'help': 'K: ceiling of mean active words per text'})
     anchor_weight: float = field(default=1., metadata={'help': '0 switches grounding off'})
@@ -119,12 +119,11 @@ class LexicalTrainer(CheckpointingTrainer):
         if args.mlm_weight and getattr(model.tokenizer, 'mask_token_id', None) is None:
             raise ValueError("mlm_weight needs a mask token: set model.tokenizer to one that has it, or mlm_weight=0.")
         model.label_smoothing, self.multilabel = args.label_smoothing, is_multilabel(model.config)
-        self._weigh_classes(model)
+        tau_scale = self._weigh_classes(model)
         said = args.evidence_weight and args.reference_share and isinstance(model, LexicalSAEForSequenceClassification) and not self.multilabel
         if reference is None and (args.anchor_weight or args.load_best_model_at_end or said): reference = FrozenReference.of(model)
         self.reference = ReferenceCache(reference.to(args.device), args.reference_cache_mib) if reference is not None else None
-        tau = None if args.target_accuracy is None else tau_from_accuracy(args.target_accuracy, model.config.num_labels, args.label_smoothing,
-                                                                          self.multilabel)
+        tau = None if args.target_accuracy is None else tau_scale*tau_from_accuracy(args.target_accuracy, model.config.num_labels, args.label_smoothing, self.multilabel)
         self.geco = GECOController(tau, args.dual_rate, active_target=args.active_target, relax=args.tau_relax, window=max(20, min(200, self._epoch_steps())))
         self.start_theta = model.config.start_theta or model.activation.theta.median().item()    # not noted by earlier versions
         self.centroids = AttributionCentroidTracker(model.config.num_labels, model.num_dims).to(args.device)
@@ -135,21 +134,25 @@ class LexicalTrainer(CheckpointingTrainer):
         if args.backbone_dropout is not None: set_dropout(model.backbone, args.backbone_dropout)
         self.terms, self.step_terms, self.noted, self._fitter, self.choice = {}, [], {}, None, None
         self.closed_steps = 0
+        self._check_example_ids()
         n = 0 if self.eval_dataset is None else len(self.eval_dataset)
         self._watched = torch.randperm(n, generator=torch.Generator().manual_seed(args.seed)).tolist()          # files may be sorted by class
         self.add_callback(_DualStep(self)); self.add_callback(ConstrainedStopping(self, args.patience))
 
     def _weigh_classes(self, model):
-        "Weights of the classes, from the training labels; what a yes or no for each class has no meaning for is refused."
+        "Weights of the classes, from the training labels, and by how much they raise the cross-entropy; what a yes or no for each class has no meaning for is refused."
         args = self.args
         if self.multilabel and (args.separation_weight or args.completeness_against != 'kl'):
             raise ValueError("Where every class is a yes or no, circuits have no single class: "
                              "set separation_weight=0 and completeness_against='kl'.")
         if self.multilabel and args.evidence_weight not in (0, LexicalTrainingArguments.evidence_weight):
             raise ValueError("evidence_weight does nothing where every class is a yes or no, which has no rival: set it to 0.")
-        if args.class_weights is None: return
+        if args.class_weights is None: return 1.
         labels = [row['labels' if 'labels' in row else 'label'] for row in self.train_dataset]
         model.class_weights = class_weights(labels, model.config.num_labels, args.class_weights, self.multilabel)
+        if not self.multilabel: return 1.                                # a weighted mean
+        yes = torch.tensor(labels, dtype=torch.float).view(len(labels), -1).mean(0)         # [C]
+        return (model.class_weights*yes + 1 - yes).mean().item()         # a yes weighs more, and nothing is divided by that
 
     # ---- what a step minimises -------------------------------------------------------------------------------
     @property
@@ -208,6 +211,13 @@ class LexicalTrainer(CheckpointingTrainer):
         objective = sum((w*terms[k] for k, w in weights.items() if k in terms), start=terms['ce']*0)
         return self.geco.combine(objective, fit) + beside
 
+    def _check_example_ids(self):
+        names = getattr(self.train_dataset, 'column_names', None) or (self.train_dataset[0] if self.train_dataset else ())
+        if 'example_id' not in names: return
+        ids = [row['example_id'] for row in self.train_dataset] if isinstance(self.train_dataset, list) else self.train_dataset['example_id'][:]
+        if len(set(ids)) < len(ids):
+            raise ValueError("example_id repeats, and the reference and the teacher know a text by it: number the training texts after putting them together.")
+
     def _check_teacher(self, example_id):
         if self.teacher is not None and (example_id is None or not 0 <= int(example_id.max()) < len(self.teacher)):
             raise ValueError(f"The teacher's {len(self.teacher)} answers are found by example_id: "
@@ -239,7 +249,7 @@ class LexicalTrainer(CheckpointingTrainer):
         if 'violations' in noted: self.margin.update(self._mean(noted['violations'][1]/noted['violations'][0]))
         if 'centroids' in noted: self.centroids.update(*map(self._sum, noted['centroids'][1:]))
         if 'opened' not in noted: return
-        move = self.frequencies.observe_start if self.state.global_step == 1 else self.frequencies.update      # the first step's model is untrained
+        move = self.frequencies.observe_start if self.state.global_step == 1 else self.frequencies.update      # what the untrained model opens in the first batch
         move(*map(self._sum, noted['opened'][1:]))
 
     # ---- the same numbers on every process -------------------------------------------------------------------
@@ -254,6 +264,7 @@ class LexicalTrainer(CheckpointingTrainer):
         return total.log() + (value - value.detach())*mean/total
 
     def _band(self):
+        if self._net.query is not None: return 0.                        # attention: a mean over positions, which no threshold is compared with
         return self.args.band_weight*band_weight(self.active_ema or 0., self.args.active_target)
 
     def _hear(self, state, inputs, example_id=None):
@@ -276,7 +287,9 @@ class LexicalTrainer(CheckpointingTrainer):
         part = state.attribution(label, rival)
         always = self._sum(state.b_eff.detach().mean(0))/self.accelerator.num_processes     # what the bias says of every text: no evidence, and none missing
         bias = (state.b_eff - always).gather(1, torch.stack([label, rival], 1))
-        loss = evidence_loss(part, none.scatter(1, inputs['input_ids'], True), args.evidence_share, bias[:, 0] - bias[:, 1])
+        own = none.scatter(1, inputs['input_ids'], True)
+        if self._net.senses is not None: own = own[:, self._net.base_ids]                   # every sense of a word that stands there
+        loss = evidence_loss(part, own, args.evidence_share, bias[:, 0] - bias[:, 1])
         if self.direction is not None: loss = loss + disagreement_loss(part, self.direction[label] - self.direction[rival], args.association_share)
         if opened is None or not args.reference_share: return loss
         ids, z0 = opened[0], opened[-1]
@@ -318,12 +331,12 @@ class LexicalTrainer(CheckpointingTrainer):
         if slow is not None: slow.add_(move)                             # schedule-free: what it averages moves too, or it pulls the level back
         if self.eval_dataset is not None and step % _LOOK_EVERY == 0: self.level.observe_held_out(self._held_out_active(step//_LOOK_EVERY - 1))
 
-    def settle_level(self) -> float|None:                                # open words of held-out texts
-        "Hold K on the held-out texts, where there are any, in the precision in which the model will be read: low thresholds tell bfloat16's rounding from a word."
+    def settle_level(self, exact: bool = True) -> float|None:            # open words of held-out texts
+        "Hold K on the held-out texts, where there are any; `exact`: as the saved model is read, since low thresholds tell bfloat16's rounding from a word."
         evaluation_mode(self.optimizer)                                  # schedule-free: the averaged weights are the model, held-out texts or not
         if self.level is None or self.eval_dataset is None: return
         turns = range(max(1, min(_LOOK_BATCHES, len(self.eval_dataset)//self.args.per_device_eval_batch_size)))
-        return self.level.settle(self._net.activation, lambda: sum(self._held_out_active(t, exact=True) for t in turns)/len(turns))
+        return self.level.settle(self._net.activation, lambda: sum(self._held_out_active(t, exact) for t in turns)/len(turns))
 
     def finish(self):
         "After the last step: settle the level, and say it where the words are too many or too few."
@@ -339,8 +352,9 @@ class LexicalTrainer(CheckpointingTrainer):
         "While training: the thresholds at which the model would be handed out, so that it is judged as it will be; then as they were."
         if not self.is_in_train or self.level is None or self.geco.tau.isnan(): yield; return
         log_theta = self._net.activation.log_theta
+        evaluation_mode(self.optimizer)                                  # schedule-free: what is put back is the average, as the optimizer believes
         before = log_theta.detach().clone()
-        self.settle_level()
+        self.settle_level(exact=False)                                   # it is judged in the precision of training
         try: yield
         finally: log_theta.data.copy_(before)
 

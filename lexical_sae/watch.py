@@ -188,7 +188,7 @@ def price_from_log(
     last, lambdas = seen[-1], [h['lambda'] for h in seen]
     cost = f"lambda rose to {max(lambdas):.2f} and ended at {last['lambda']:.2f}: the constraint binds" if has_price(lambdas) else \
         f"lambda stayed at {max(lambdas):.2f}: the constraint cost nothing (a higher target_accuracy or fewer words would give it a price)"
-    return cost + (f"; {last['dead']:,} words that the untrained model opens have fallen silent" if last.get('dead') else '')
+    return cost + (f"; {last['dead']:,} words that the first batch opened have fallen silent" if last.get('dead') else '')
 
 class ConstrainedStopping(TrainerCallback):
     "Skips evaluation in the warm-up, stops after `patience` evaluations without a better model, and reports the choice."
@@ -231,12 +231,13 @@ class ProgressLines(TrainerCallback):
     "Prints a line now and then: step, cross-entropy against tau, lambda, active words, time left."
     def __init__(self, every: int = 1): self.every = every  # steps between lines, at least
 
-    def on_train_begin(self, args, state, control, **kwargs): self.start = time.perf_counter()
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start, self.first = time.perf_counter(), state.global_step  # a resumed run begins in the middle
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or 'loss' not in logs or (state.global_step % self.every and state.global_step < state.max_steps): return
         spent = time.perf_counter() - self.start
-        left = spent/max(1, state.global_step)*(state.max_steps - state.global_step)
+        left = spent/max(1, state.global_step - self.first)*(state.max_steps - state.global_step)
         parts = [f'step {state.global_step:5d}/{state.max_steps}', f"loss {float(logs['loss']):.3f}"]
         for key, name, form in (('ce', 'ce', '.3f'), ('tau', 'tau', '.3f'), ('lambda', 'lambda', '.2f'), ('active', 'words', '.0f'),
             ('anchor', 'anchor', '.3f')):

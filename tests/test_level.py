@@ -2,6 +2,9 @@
 import pytest
 import torch
 
+from safetensors.torch import load_file
+
+from lexical_sae.optimisation import evaluation_mode
 from lexical_sae.train import LexicalTrainer, LexicalTrainingArguments
 from training_run import collate, model, texts
 
@@ -42,6 +45,18 @@ def test_schedule_free_averages_do_not_pull_the_level_back(tmp_path):
     begun = trainer.model.activation.log_theta.detach().mean().item()
     trainer.train()
     assert abs(sum(moved)) > .05 and trainer.model.activation.log_theta.detach().mean().item() - begun == pytest.approx(sum(moved), rel=.1)
+
+def test_schedule_free_models_are_kept_with_averaged_thresholds(tmp_path):
+    "An evaluation settles the thresholds for a while; what is put back is the average, which a checkpoint then holds."
+    trainer = run(tmp_path, max_steps=24, optim='schedule_free_adamw', warmup_fraction=.25, eval_strategy='steps', eval_steps=12, save_strategy='steps', save_steps=12)
+    gate, averages, judged = trainer.model.activation, [], trainer._as_settled
+    def watched():
+        evaluation_mode(trainer.optimizer); averages.append(gate.log_theta.detach().clone())
+        return judged()
+    trainer._as_settled = watched
+    trainer.train()
+    assert len(averages) == 2
+    for x, step in zip(averages, (12, 24)): assert torch.equal(load_file(tmp_path/f'checkpoint-{step}/model.safetensors')['activation.log_theta'], x)
 
 def test_trackers_and_constraint_move_once_per_optimiser_step(tmp_path):
     trainer = run(tmp_path, max_steps=10, per_device_train_batch_size=4, gradient_accumulation_steps=4, separation_weight=.1, warmup_fraction=.2)

@@ -39,6 +39,16 @@ def test_a_kept_twin_depends_on_what_it_is_trained_with(csv):
     assert key() == key(anchor_weight=3., optim='schedule_free_adamw', logging_steps=7)
     for changed in (dict(label_smoothing=.3), dict(class_weights='balanced'), dict(max_grad_norm=.1), dict(weight_decay=.1)): assert key(**changed) != key()
 
+def test_a_kept_twin_of_another_config_is_refused(csv, tmp_path):
+    "Also where the other config asked for something that this one does not mention."
+    made = lambda **training: set_up(config(csv, output_dir=str(tmp_path/'run'), twin=str(tmp_path/'twin'), training=training))
+    fit_dense(made(max_steps=1, warmup_steps=0))
+    assert fit_dense(made(max_steps=1, warmup_steps=0))[1] > 0
+    with pytest.raises(ValueError, match='dense twin of another max_steps'): fit_dense(made(warmup_steps=0))
+
+def test_a_configuration_needs_a_hub(csv):
+    with pytest.raises(ValueError, match='leave it out'): load_task('mine', csv, config='x')
+
 def test_one_evaluation_is_one(csv):
     setup = set_up(config(csv, evaluations=1, validation_share=.3))
     assert 0 < arguments_for(setup).eval_steps < 1                        # a share of all steps; 1 is every step

@@ -45,7 +45,7 @@ test-slow: test ## also what takes minutes
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q -m slow
 
 paper: .venv/ready ## figures and tables from paper/results; runs what is missing (tools/paper.py --list says what)
-	@$(BIN)/python tools/paper.py
+	@$(BIN)/python tools/paper.py $(SET)
 
 docs: .venv/ready readme ## build the site into _docs
 	@if command -v quarto >/dev/null; then $(BIN)/nbdev_docs; else echo "Quarto is not installed: pandoc preview"; $(BIN)/python tools/docs_preview.py; fi

@@ -11,6 +11,7 @@ import sys
 import venv
 from configparser import ConfigParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -93,6 +94,20 @@ def test_paper_misses_what_a_result_does_not_hold(tmp_path, monkeypatch, name, o
     file = tmp_path/f'paper/params/{name}.yaml'; text = file.read_text(); assert old in text
     file.write_text(text.replace(old, new, 1))
     assert changed in paper.state(name) and changed not in before
+
+def test_paper_trains_the_model_that_an_experiment_reads(tmp_path, monkeypatch):
+    "Once; and what was typed for the data goes along."
+    paper, ran = tool('paper'), []
+    shutil.copytree(ROOT/'paper', tmp_path/'paper'); monkeypatch.setattr(paper, 'ROOT', tmp_path)
+    def pretend(command, cwd):
+        name = Path(command[2]).stem
+        if name == 'long_context': return SimpleNamespace(returncode=1)
+        (tmp_path/f'runs/{name}/model').mkdir(parents=True, exist_ok=True); shutil.copy(ROOT/f'paper/results/{name}.json', tmp_path/f'runs/{name}/results.json')
+        ran.append((name, *command[3:])); return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(paper.subprocess, 'run', pretend)
+    for _ in range(2): paper.run('faithfulness', ('source=here',))
+    assert ran == [('demo', 'source=here'), ('faithfulness', 'source=here'), ('faithfulness', 'source=here')]
+    with pytest.raises(SystemExit, match='long_context stopped'): paper.run('long_context')
 
 @pytest.mark.slow
 def test_figures_are_drawn_from_the_committed_results():

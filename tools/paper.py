@@ -1,6 +1,6 @@
 """Make the figures and tables of the paper: run what is missing or stale, then paper/figures.ipynb.
 
-paper.py          runs, then draws
+paper.py          runs, then draws; NAME=VALUE, such as source=data/sst2, goes to each experiment that is run
 paper.py --list   says what it would run
 paper.py --draw   draws from the results that are there
 """
@@ -30,6 +30,7 @@ def state(name: str) -> str:
     known = known_of(found)
     changed = [k for k, v in params.items() if k in known and known[k] != v and not (k.endswith('_samples') and v < 0)]     # below 0: all there are
     changed += [k for k in ('arms', 'more_arms', 'evaluate_tiers') if any(not measured(found, name) for name in params.get(k, ()))]
+    if 'words' in found['metrics'] and 'seconds_together' not in found['metrics']['words']['dla']: changed.append('measured costs')
     return f'stale ({", ".join(changed)} changed)' if changed else 'ready'
 
 def known_of(found: dict) -> dict:
@@ -42,9 +43,20 @@ def measured(found: dict, name: str) -> bool:
     "Whether a result holds an arm (of any seed) or a tier; three tiers have no entry of their own."
     return name in ('accuracy', 'identity', 'grounding') or any(m == name or m.startswith(f'{name}, seed ') for m in found['metrics'])
 
-def run(name: str):
-    "One experiment; its results are committed under its name."
-    subprocess.run([sys.executable, str(ROOT/'tools/run_experiment.py'), f'paper/params/{name}.yaml'], check=True, cwd=ROOT)
+def has_model(name: str) -> bool:
+    "Whether the model of a committed result lies in runs: a clone has none, and a run of one's own made another."
+    from lexical_sae.results import read_results
+    own, kept = ROOT/'runs'/name, ROOT/'paper/results'/f'{name}.json'
+    weights = lambda path: read_results(path)['parameters'].get('trained_weights')
+    return kept.exists() and (own/'model').is_dir() and (own/'results.json').exists() and weights(own) == weights(kept)
+
+def run(name: str, changes: tuple = ()):
+    "One experiment, after the one whose model it reads; its results are committed under its name."
+    if name in READS and not has_model(READS[name]): run(READS[name], changes)
+    done = subprocess.run([sys.executable, str(ROOT/'tools/run_experiment.py'), f'paper/params/{name}.yaml', *changes], cwd=ROOT)
+    if done.returncode:
+        sys.exit(f"{name} stopped, for the reason above. Run it by hand (make run PARAMS=paper/params/{name}.yaml SET='source=FOLDER' where its data lie in a folder), "
+                 f"copy runs/{name}/results.json to paper/results/{name}.json, then go on with make paper.")
     shutil.copy(ROOT/'runs'/name/'results.json', ROOT/'paper/results'/f'{name}.json')
 
 def draw():
@@ -55,12 +67,13 @@ def draw():
     pm.execute_notebook(str(ROOT/'paper/figures.ipynb'), str(ROOT/'runs/figures.ipynb'), kernel_name='python3', cwd=str(ROOT), progress_bar=False, log_output=False, stdout_file=sys.stdout)
 
 def main(*args):
-    if wrong := set(args) - {'--list', '--draw'}: sys.exit(f"Unknown option {sorted(wrong)[0]}: use --list, --draw, or nothing.")
+    changes = tuple(a for a in args if '=' in a)
+    if wrong := set(args) - {'--list', '--draw', *changes}: sys.exit(f"Unknown option {sorted(wrong)[0]}: use --list, --draw, NAME=VALUE, or nothing.")
     os.chdir(ROOT)
     for name in RUNS:
         now = state(name)
         print(f'{name:16} {now}', flush=True)
-        if not args and now != 'ready': run(name)
+        if not set(args) & {'--list', '--draw'} and now != 'ready': run(name, changes)
     if '--list' not in args: draw()
 
 if __name__ == '__main__': main(*sys.argv[1:])

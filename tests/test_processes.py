@@ -92,7 +92,8 @@ import pandas as pd
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from lexical_sae.data import offline_backbone
-from lexical_sae.setup_training import TrainingConfig, run_arm
+from lexical_sae.arms import run_arm
+from lexical_sae.setup_training import TrainingConfig
 folder, rank = sys.argv[1], os.environ['RANK']
 torch.manual_seed(0)
 mine = f'{folder}/backbone{rank}'

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
@@ -139,25 +140,6 @@ class LexicalTrainer(CheckpointingTrainer):
         self._watched = torch.randperm(n, generator=torch.Generator().manual_seed(args.seed)).tolist()          # files may be sorted by class
         self.add_callback(_DualStep(self)); self.add_callback(ConstrainedStopping(self, args.patience))
 
-    def _weigh_classes(self, model):
-        "Weights of the classes, from the training labels, and by how much they raise the cross-entropy; what a yes or no for each class has no meaning for is refused."
-        args = self.args
-        if self.multilabel and (args.separation_weight or args.completeness_against != 'kl'):
-            raise ValueError("Where every class is a yes or no, circuits have no single class: "
-                             "set separation_weight=0 and completeness_against='kl'.")
-        if self.multilabel and args.evidence_weight not in (0, LexicalTrainingArguments.evidence_weight):
-            raise ValueError("evidence_weight does nothing where every class is a yes or no, which has no rival: set it to 0.")
-        if args.class_weights is None: return 1.
-        labels = [row['labels' if 'labels' in row else 'label'] for row in self.train_dataset]
-        model.class_weights = class_weights(labels, model.config.num_labels, args.class_weights, self.multilabel)
-        if not self.multilabel: return 1.                                # a weighted mean
-        yes = torch.tensor(labels, dtype=torch.float).view(len(labels), -1).mean(0)         # [C]
-        return (model.class_weights*yes + 1 - yes).mean().item()         # a yes weighs more, and nothing is divided by that
-
-    # ---- what a step minimises -------------------------------------------------------------------------------
-    @property
-    def warming_up(self) -> bool: return self.state.global_step < self.args.warmup_fraction*self.state.max_steps
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         example_id = inputs.pop('example_id', None)
         inputs.pop('length', None)
@@ -174,207 +156,6 @@ class LexicalTrainer(CheckpointingTrainer):
             if self._fitter is not None and 'labels' in inputs: self._fitter.update(outputs.state, inputs, self._counted(len(outputs.logits)))
         return (loss, outputs) if return_outputs else loss
 
-    def loss_terms(self, outputs, inputs, example_id=None) -> dict:
-        "Every term that is on at this step; scalars."
-        state, args = outputs.state, self.args
-        terms = {'ce': outputs.loss}
-        if self.teacher is not None: terms['distillation'] = self._distil(state.logits, self.teacher[example_id])
-        evidence = args.evidence_weight and not self.multilabel
-        heard = self.reference is not None and (args.anchor_weight or evidence and args.reference_share)
-        opened = self._hear(state, inputs, example_id) if heard else None
-        if heard and args.anchor_weight: terms['anchor'] = self._anchor(opened, inputs)
-        if evidence: terms['evidence'] = self._evidence(state, inputs, opened)
-        if args.mlm_weight: terms['mlm'] = masked_language_loss(self._net, inputs['input_ids'], inputs['attention_mask'])
-        self._count_open(state)
-        if self.warming_up: return terms
-        z = state.z_max if state.z_max is not None else state.sparse_vector
-        own = strongest_answers(state.logits, inputs['labels']) if self.multilabel else inputs['labels']
-        if args.completeness_weight:
-            terms['completeness'] = completeness_loss(state, own, args.sparsity_target, args.completeness_against, self.multilabel)
-        if args.separation_weight: terms['separation'] = self._separation(state, own)
-        if self._band():
-            terms['band'] = self._log_of_mean(sparsity_loss(z, self._net.activation) if args.sparsity == 'l0' else l1_loss(state.sparse_vector))
-        if args.flops_weight: terms['flops'] = flops_loss(z, self._net.activation)
-        if args.revival_weight:
-            terms['revival'] = revival_loss(self._net.activation, self.frequencies, .1*args.sparsity_target, args.revival_form)
-        return terms
-
-    def combine(self, terms: dict) -> Tensor:
-        "The Lagrangian; anchor and language model stand beside it and act from the first step."
-        args = self.args
-        beside = sum(w*terms[k] for k, w in (('anchor', args.anchor_weight), ('evidence', args.evidence_weight), ('mlm', args.mlm_weight)) if k in terms)
-        fit, share = terms['ce'], args.distillation_weight
-        if 'distillation' in terms: fit = (1 - share)*fit + share*terms['distillation']
-        if self.warming_up: return fit + beside
-        weights = dict(completeness=args.completeness_weight, separation=args.separation_weight, band=self._band(), flops=args.flops_weight,
-                       revival=args.revival_weight)
-        objective = sum((w*terms[k] for k, w in weights.items() if k in terms), start=terms['ce']*0)
-        return self.geco.combine(objective, fit) + beside
-
-    def _check_example_ids(self):
-        names = getattr(self.train_dataset, 'column_names', None) or (self.train_dataset[0] if self.train_dataset else ())
-        if 'example_id' not in names: return
-        ids = [row['example_id'] for row in self.train_dataset] if isinstance(self.train_dataset, list) else self.train_dataset['example_id'][:]
-        if len(set(ids)) < len(ids):
-            raise ValueError("example_id repeats, and the reference and the teacher know a text by it: number the training texts after putting them together.")
-
-    def _check_teacher(self, example_id):
-        if self.teacher is not None and (example_id is None or not 0 <= int(example_id.max()) < len(self.teacher)):
-            raise ValueError(f"The teacher's {len(self.teacher)} answers are found by example_id: "
-                             "give every training text its row number, as tokenize_texts does.")
-
-    def _distil(self, logits, teacher): return distillation_loss(logits, teacher, self.args.distillation_temperature, self.multilabel)
-
-    def _separation(self, state, labels):
-        part = state.attribution(labels)                                 # [B,V]
-        if self.args.separation_form == 'cosine': loss = centroid_cosine(part, labels, self.centroids)
-        else:
-            loss, violations = separation_loss(part, labels, self.centroids, self.margin.margin)
-            self._note('violations', violations)
-        self._note('centroids', *self.centroids.sums(part, labels))
-        return loss
-
-    def _count_open(self, state):
-        "In how many texts words are open."
-        self._note('opened', (state.sparse_vector > 0).sum(0).float(), torch.tensor(float(len(state.logits)), device=state.logits.device))
-
-    def _note(self, what: str, *found: Tensor):
-        "What a batch has to say to a tracker, which moves once per optimiser step."
-        before = self.noted.get(what)
-        self.noted[what] = (1, *found) if before is None else (before[0] + 1, *(a + b for a, b in zip(before[1:], found)))
-
-    def _move_trackers(self):
-        "Margin, centroids and frequencies take their step, from all batches of all processes."
-        noted, self.noted = self.noted, {}
-        if 'violations' in noted: self.margin.update(self._mean(noted['violations'][1]/noted['violations'][0]))
-        if 'centroids' in noted: self.centroids.update(*map(self._sum, noted['centroids'][1:]))
-        if 'opened' not in noted: return
-        move = self.frequencies.observe_start if self.state.global_step == 1 else self.frequencies.update      # what the untrained model opens in the first batch
-        move(*map(self._sum, noted['opened'][1:]))
-
-    # ---- the same numbers on every process -------------------------------------------------------------------
-    def _sum(self, tensor): return self.accelerator.reduce(tensor, 'sum')
-    def _mean(self, value): return self._sum(torch.as_tensor(float(value), device=self.args.device)).item()/self.accelerator.num_processes
-
-    def _log_of_mean(self, value: Tensor) -> Tensor:
-        "log of a process's mean -> log of the mean over all processes, with that one's gradient."
-        if self.accelerator.num_processes == 1: return value
-        mean = value.detach().exp()
-        total = self._sum(mean)/self.accelerator.num_processes
-        return total.log() + (value - value.detach())*mean/total
-
-    def _band(self):
-        if self._net.query is not None: return 0.                        # attention: a mean over positions, which no threshold is compared with
-        return self.args.band_weight*band_weight(self.active_ema or 0., self.args.active_target)
-
-    def _hear(self, state, inputs, example_id=None):
-        "The open words of each text, and what the reference says of them at every position: `open_words`, and z0 [B,K,L]."
-        ids, z, mask = open_words(state)
-        h0 = self.reference(inputs['input_ids'], inputs['attention_mask'], example_id)
-        return ids, z, mask, self.reference.reference.logits_of(h0, ids)
-
-    def _anchor(self, opened, inputs):
-        "Excess of a word over the loudest that the reference says it anywhere in the text."
-        _, z, mask, z0 = opened
-        keep = self._net.keep_mask(inputs['input_ids'], inputs['attention_mask'])
-        loudest = z0.masked_fill(~keep[:, None], -torch.inf).amax(-1)                                             # [B,K]
-        return anchor_loss(z, loudest, mask, self.args.anchor_margin*self._net.activation.spread)
-
-    def _evidence(self, state, inputs, opened=None):
-        "On the text's own words, on those that the reference says at the position itself, and on those that point to the class they speak for."
-        args, none = self.args, torch.zeros_like(state.sparse_vector, dtype=torch.bool)
-        label, rival = inputs['labels'], strongest_rival(state.logits, inputs['labels'])
-        part = state.attribution(label, rival)
-        always = self._sum(state.b_eff.detach().mean(0))/self.accelerator.num_processes     # what the bias says of every text: no evidence, and none missing
-        bias = (state.b_eff - always).gather(1, torch.stack([label, rival], 1))
-        own = none.scatter(1, inputs['input_ids'], True)
-        if self._net.senses is not None: own = own[:, self._net.base_ids]                   # every sense of a word that stands there
-        loss = evidence_loss(part, own, args.evidence_share, bias[:, 0] - bias[:, 1])
-        if self.direction is not None: loss = loss + disagreement_loss(part, self.direction[label] - self.direction[rival], args.association_share)
-        if opened is None or not args.reference_share: return loss
-        ids, z0 = opened[0], opened[-1]
-        there = z0.gather(2, state.position.gather(1, ids).long()[..., None])[..., 0]                             # [B,K] at the word's own position
-        return loss + evidence_loss(part, none.scatter(1, ids, there > self.start_theta), args.reference_share)
-
-    # ---- bookkeeping -----------------------------------------------------------------------------------------
-    def _record(self, terms, state):
-        values = {k: v.item() for k, v in terms.items()} | {'active': state.num_active.float().mean().item()}
-        self.step_terms.append(values)
-        for k, v in values.items(): self.terms.setdefault(k, []).append(v)
-
-    def _stop_on_nan(self, loss, terms):
-        if torch.isfinite(loss): return
-        self._stop(f'The loss is not finite at step {self.state.global_step + 1}', ', '.join(f'{k} {v.item():.3g}' for k, v in terms.items()))
-
-    def dual_step(self):
-        "Once per optimiser step: GECO, the moving average of k, and the alarm for closed gates."
-        mean = {k: self._mean(sum(t[k] for t in self.step_terms)/len(self.step_terms)) for k in ('ce', 'active')}
-        self.step_terms = []
-        self._move_trackers()
-        self.active_ema = mean['active'] if self.active_ema is None else .95*self.active_ema + .05*mean['active']
-        if self.warming_up: self.geco.observe(mean['ce'])
-        else: self.geco.update(mean['ce'], self.active_ema)
-        self._follow_schedule(mean['active'])
-        self.closed_steps = self.closed_steps + 1 if mean['active'] < .5 else 0
-        if self.closed_steps >= _CLOSED_STEPS: self._stop_closed()
-
-    def _stop_closed(self):
-        raise RuntimeError(f"All gates closed at step {self.state.global_step}: the model sees no words. Lower the learning rates "
-                           "(head_multiplier, learning_rate, gate_learning_rate), or raise anchor_margin.")
-
-    def _follow_schedule(self, active):
-        "Move the common level of the thresholds; now and then look at held-out texts, where more words open."
-        if self.level is None: return
-        step, gate = self.state.global_step, self._net.activation
-        move = self.level.step(gate, active, step/self.state.max_steps)
-        slow = getattr(self.optimizer, 'optimizer', self.optimizer).state.get(gate.log_theta, {}).get('z')
-        if slow is not None: slow.add_(move)                             # schedule-free: what it averages moves too, or it pulls the level back
-        if self.eval_dataset is not None and step % _LOOK_EVERY == 0: self.level.observe_held_out(self._held_out_active(step//_LOOK_EVERY - 1))
-
-    def settle_level(self, exact: bool = True) -> float|None:            # open words of held-out texts
-        "Hold K on the held-out texts, where there are any; `exact`: as the saved model is read, since low thresholds tell bfloat16's rounding from a word."
-        evaluation_mode(self.optimizer)                                  # schedule-free: the averaged weights are the model, held-out texts or not
-        if self.level is None or self.eval_dataset is None: return
-        turns = range(max(1, min(_LOOK_BATCHES, len(self.eval_dataset)//self.args.per_device_eval_batch_size)))
-        return self.level.settle(self._net.activation, lambda: sum(self._held_out_active(t, exact) for t in turns)/len(turns))
-
-    def finish(self):
-        "After the last step: settle the level, and say it where the words are too many or too few."
-        active, K = self.settle_level(), self.args.active_target
-        if active is None: return
-        if active < .5: self._stop_closed()
-        if active > 1.05*K: warnings.warn(f"Held-out texts open {active:.0f} words, more than the {K:g} asked for: train longer, or raise active_target.")
-        if active < K/4: warnings.warn(f"Held-out texts open {active:.1f} words where {K:g} are allowed, and so few may be codes of the classes: look at them. "
-                                       "A wider anchor_margin, a lower anchor_weight or a lower learning_rate keeps more.")
-
-    @contextmanager
-    def _as_settled(self):
-        "While training: the thresholds at which the model would be handed out, so that it is judged as it will be; then as they were."
-        if not self.is_in_train or self.level is None or self.geco.tau.isnan(): yield; return
-        log_theta = self._net.activation.log_theta
-        evaluation_mode(self.optimizer)                                  # schedule-free: what is put back is the average, as the optimizer believes
-        before = log_theta.detach().clone()
-        self.settle_level(exact=False)                                   # it is judged in the precision of training
-        try: yield
-        finally: log_theta.data.copy_(before)
-
-    @torch.no_grad()
-    def _held_out_active(self, turn, exact=False):
-        "Open words of one batch of the held-out texts, in evaluation mode; the first few batches take turns. `exact`: in the weights' own precision, as a saved model is read."
-        size, n = self.args.per_device_eval_batch_size, len(self.eval_dataset)
-        at = turn % max(1, min(_LOOK_BATCHES, n//size))*size
-        texts = sorted((self.eval_dataset[self._watched[i]] for i in range(at, min(at + size, n))), key=lambda text: len(text['input_ids']))
-        net, opened = self._net, []
-        read = partial(type(net).forward, net) if exact else net            # accelerate wraps the forward of the instance
-        was_training = net.training
-        net.eval()
-        with nullcontext() if exact else self.compute_loss_context_manager():
-            for i in range(0, len(texts), _LOOK_TOGETHER):
-                batch = self._prepare_inputs(self.data_collator(texts[i:i + _LOOK_TOGETHER]))
-                opened.append(read(**{k: v for k, v in batch.items() if k in ('input_ids', 'attention_mask', 'labels')}).state.num_active)
-        net.train(was_training)
-        return torch.cat(opened).float().mean().item()
-
     def log(self, logs, *args, **kwargs):
         if 'loss' in logs and self.terms:
             logs |= {k: self._mean(sum(v)/len(v)) for k, v in self.terms.items()}
@@ -387,16 +168,9 @@ class LexicalTrainer(CheckpointingTrainer):
             self.terms = {}
         super().log(logs, *args, **kwargs)
 
-    # ---- held-out texts --------------------------------------------------------------------------------------
     def prediction_step(self, model, inputs, *args, **kwargs):
         "The Trainer's; without labels it calls the model itself, which knows no row numbers."
         return super().prediction_step(model, {k: v for k, v in inputs.items() if k not in ('example_id', 'length')}, *args, **kwargs)
-
-    def _counted(self, n):
-        "Texts of this process's batch that repeat none: the last batches of several processes are filled up."
-        now = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not now.end_of_dataloader or now.remainder < 1: return n
-        return min(n, max(0, now.remainder - n*self.accelerator.process_index))
 
     def evaluation_loop(self, *args, metric_key_prefix='eval', **kwargs):
         "The Trainer's, and what a run is judged by (chapter 02bb)."
@@ -410,13 +184,6 @@ class LexicalTrainer(CheckpointingTrainer):
         self._fitter = None
         return output
 
-    def _judged(self, found):
-        "tau and the score by which a model is kept, once there is a constraint."
-        tau, K = self.geco.tau.item(), self.args.active_target
-        return {} if math.isnan(tau) else dict(tau=tau, constrained=constrained_score(found['ce'], tau, found['active'], K,
-            found.get('reference_share', 0.)))
-
-    # ---- optimiser -------------------------------------------------------------------------------------------
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             args, net = self.args, self._net
@@ -431,15 +198,284 @@ class LexicalTrainer(CheckpointingTrainer):
                 self.optimizer.register_step_pre_hook(lambda *_: centralize_gradients(net.parameters(), net.num_dims))
         return self.optimizer
 
-    def _epoch_steps(self):
-        return 1 if self.train_dataset is None else math.ceil(len(self.train_dataset)/self.args.train_batch_size/self.args.gradient_accumulation_steps/self.args.world_size)
+# %% ../nbs/02c_train.ipynb #5fbf8f15
+@patch
+def _weigh_classes(self: LexicalTrainer, model):
+    "Weights of the classes, from the training labels, and by how much they raise the cross-entropy; what a yes or no for each class has no meaning for is refused."
+    args = self.args
+    if self.multilabel and (args.separation_weight or args.completeness_against != 'kl'):
+        raise ValueError("Where every class is a yes or no, circuits have no single class: "
+                         "set separation_weight=0 and completeness_against='kl'.")
+    if self.multilabel and args.evidence_weight not in (0, LexicalTrainingArguments.evidence_weight):
+        raise ValueError("evidence_weight does nothing where every class is a yes or no, which has no rival: set it to 0.")
+    if args.class_weights is None: return 1.
+    labels = [row['labels' if 'labels' in row else 'label'] for row in self.train_dataset]
+    model.class_weights = class_weights(labels, model.config.num_labels, args.class_weights, self.multilabel)
+    if not self.multilabel: return 1.                                # a weighted mean
+    yes = torch.tensor(labels, dtype=torch.float).view(len(labels), -1).mean(0)         # [C]
+    return (model.class_weights*yes + 1 - yes).mean().item()         # a yes weighs more, and nothing is divided by that
 
-    def _planned_steps(self):
-        return self.args.max_steps if self.args.max_steps > 0 else math.ceil(self._epoch_steps()*self.args.num_train_epochs)
+@patch
+def _check_example_ids(self: LexicalTrainer):
+    names = getattr(self.train_dataset, 'column_names', None) or (self.train_dataset[0] if self.train_dataset else ())
+    if 'example_id' not in names: return
+    ids = [row['example_id'] for row in self.train_dataset] if isinstance(self.train_dataset, list) else self.train_dataset['example_id'][:]
+    if len(set(ids)) < len(ids):
+        raise ValueError("example_id repeats, and the reference and the teacher know a text by it: number the training texts after putting them together.")
 
-    def _method(self):
-        parts = dict(geco=self.geco, centroids=self.centroids, margin=self.margin, frequencies=self.frequencies)
-        return nn.ModuleDict(parts if self.level is None else parts | dict(level=self.level))
+@patch
+def _check_teacher(self: LexicalTrainer, example_id):
+    if self.teacher is not None and (example_id is None or not 0 <= int(example_id.max()) < len(self.teacher)):
+        raise ValueError(f"The teacher's {len(self.teacher)} answers are found by example_id: "
+                         "give every training text its row number, as tokenize_texts does.")
+
+# %% ../nbs/02c_train.ipynb #858adf74
+@patch(as_prop=True)
+def warming_up(self: LexicalTrainer) -> bool: return self.state.global_step < self.args.warmup_fraction*self.state.max_steps
+
+@patch
+def loss_terms(self: LexicalTrainer, outputs, inputs, example_id=None) -> dict:
+    "Every term that is on at this step; scalars."
+    state, args = outputs.state, self.args
+    terms = {'ce': outputs.loss}
+    if self.teacher is not None: terms['distillation'] = self._distil(state.logits, self.teacher[example_id])
+    evidence = args.evidence_weight and not self.multilabel
+    heard = self.reference is not None and (args.anchor_weight or evidence and args.reference_share)
+    opened = self._hear(state, inputs, example_id) if heard else None
+    if heard and args.anchor_weight: terms['anchor'] = self._anchor(opened, inputs)
+    if evidence: terms['evidence'] = self._evidence(state, inputs, opened)
+    if args.mlm_weight: terms['mlm'] = masked_language_loss(self._net, inputs['input_ids'], inputs['attention_mask'])
+    self._count_open(state)
+    if self.warming_up: return terms
+    z = state.z_max if state.z_max is not None else state.sparse_vector
+    own = strongest_answers(state.logits, inputs['labels']) if self.multilabel else inputs['labels']
+    if args.completeness_weight:
+        terms['completeness'] = completeness_loss(state, own, args.sparsity_target, args.completeness_against, self.multilabel)
+    if args.separation_weight: terms['separation'] = self._separation(state, own)
+    if self._band():
+        terms['band'] = self._log_of_mean(sparsity_loss(z, self._net.activation) if args.sparsity == 'l0' else l1_loss(state.sparse_vector))
+    if args.flops_weight: terms['flops'] = flops_loss(z, self._net.activation)
+    if args.revival_weight:
+        terms['revival'] = revival_loss(self._net.activation, self.frequencies, .1*args.sparsity_target, args.revival_form)
+    return terms
+
+@patch
+def combine(self: LexicalTrainer, terms: dict) -> Tensor:
+    "The Lagrangian; anchor and language model stand beside it and act from the first step."
+    args = self.args
+    beside = sum(w*terms[k] for k, w in (('anchor', args.anchor_weight), ('evidence', args.evidence_weight), ('mlm', args.mlm_weight)) if k in terms)
+    fit, share = terms['ce'], args.distillation_weight
+    if 'distillation' in terms: fit = (1 - share)*fit + share*terms['distillation']
+    if self.warming_up: return fit + beside
+    weights = dict(completeness=args.completeness_weight, separation=args.separation_weight, band=self._band(), flops=args.flops_weight,
+                   revival=args.revival_weight)
+    objective = sum((w*terms[k] for k, w in weights.items() if k in terms), start=terms['ce']*0)
+    return self.geco.combine(objective, fit) + beside
+
+# %% ../nbs/02c_train.ipynb #00a53c43
+@patch
+def _hear(self: LexicalTrainer, state, inputs, example_id=None):
+    "The open words of each text, and what the reference says of them at every position: `open_words`, and z0 [B,K,L]."
+    ids, z, mask = open_words(state)
+    h0 = self.reference(inputs['input_ids'], inputs['attention_mask'], example_id)
+    return ids, z, mask, self.reference.reference.logits_of(h0, ids)
+
+@patch
+def _anchor(self: LexicalTrainer, opened, inputs):
+    "Excess of a word over the loudest that the reference says it anywhere in the text."
+    _, z, mask, z0 = opened
+    keep = self._net.keep_mask(inputs['input_ids'], inputs['attention_mask'])
+    loudest = z0.masked_fill(~keep[:, None], -torch.inf).amax(-1)                                             # [B,K]
+    return anchor_loss(z, loudest, mask, self.args.anchor_margin*self._net.activation.spread)
+
+@patch
+def _evidence(self: LexicalTrainer, state, inputs, opened=None):
+    "On the text's own words, on those that the reference says at the position itself, and on those that point to the class they speak for."
+    args, none = self.args, torch.zeros_like(state.sparse_vector, dtype=torch.bool)
+    label, rival = inputs['labels'], strongest_rival(state.logits, inputs['labels'])
+    part = state.attribution(label, rival)
+    always = self._sum(state.b_eff.detach().mean(0))/self.accelerator.num_processes     # what the bias says of every text: no evidence, and none missing
+    bias = (state.b_eff - always).gather(1, torch.stack([label, rival], 1))
+    own = none.scatter(1, inputs['input_ids'], True)
+    if self._net.senses is not None: own = own[:, self._net.base_ids]                   # every sense of a word that stands there
+    loss = evidence_loss(part, own, args.evidence_share, bias[:, 0] - bias[:, 1])
+    if self.direction is not None: loss = loss + disagreement_loss(part, self.direction[label] - self.direction[rival], args.association_share)
+    if opened is None or not args.reference_share: return loss
+    ids, z0 = opened[0], opened[-1]
+    there = z0.gather(2, state.position.gather(1, ids).long()[..., None])[..., 0]                             # [B,K] at the word's own position
+    return loss + evidence_loss(part, none.scatter(1, ids, there > self.start_theta), args.reference_share)
+
+# %% ../nbs/02c_train.ipynb #5adfb922
+@patch
+def _distil(self: LexicalTrainer, logits, teacher): return distillation_loss(logits, teacher, self.args.distillation_temperature, self.multilabel)
+
+@patch
+def _separation(self: LexicalTrainer, state, labels):
+    part = state.attribution(labels)                                 # [B,V]
+    if self.args.separation_form == 'cosine': loss = centroid_cosine(part, labels, self.centroids)
+    else:
+        loss, violations = separation_loss(part, labels, self.centroids, self.margin.margin)
+        self._note('violations', violations)
+    self._note('centroids', *self.centroids.sums(part, labels))
+    return loss
+
+@patch
+def _band(self: LexicalTrainer):
+    if self._net.query is not None: return 0.                        # attention: a mean over positions, which no threshold is compared with
+    return self.args.band_weight*band_weight(self.active_ema or 0., self.args.active_target)
+
+# %% ../nbs/02c_train.ipynb #b43ccfc6
+@patch
+def _note(self: LexicalTrainer, what: str, *found: Tensor):
+    "What a batch has to say to a tracker, which moves once per optimiser step."
+    before = self.noted.get(what)
+    self.noted[what] = (1, *found) if before is None else (before[0] + 1, *(a + b for a, b in zip(before[1:], found)))
+
+@patch
+def _count_open(self: LexicalTrainer, state):
+    "In how many texts words are open."
+    self._note('opened', (state.sparse_vector > 0).sum(0).float(), torch.tensor(float(len(state.logits)), device=state.logits.device))
+
+@patch
+def _move_trackers(self: LexicalTrainer):
+    "Margin, centroids and frequencies take their step, from all batches of all processes."
+    noted, self.noted = self.noted, {}
+    if 'violations' in noted: self.margin.update(self._mean(noted['violations'][1]/noted['violations'][0]))
+    if 'centroids' in noted: self.centroids.update(*map(self._sum, noted['centroids'][1:]))
+    if 'opened' not in noted: return
+    move = self.frequencies.observe_start if self.state.global_step == 1 else self.frequencies.update      # what the untrained model opens in the first batch
+    move(*map(self._sum, noted['opened'][1:]))
+
+@patch
+def _sum(self: LexicalTrainer, tensor): return self.accelerator.reduce(tensor, 'sum')
+
+@patch
+def _mean(self: LexicalTrainer, value): return self._sum(torch.as_tensor(float(value), device=self.args.device)).item()/self.accelerator.num_processes
+
+@patch
+def _log_of_mean(self: LexicalTrainer, value: Tensor) -> Tensor:
+    "log of a process's mean -> log of the mean over all processes, with that one's gradient."
+    if self.accelerator.num_processes == 1: return value
+    mean = value.detach().exp()
+    total = self._sum(mean)/self.accelerator.num_processes
+    return total.log() + (value - value.detach())*mean/total
+
+@patch
+def _record(self: LexicalTrainer, terms, state):
+    values = {k: v.item() for k, v in terms.items()} | {'active': state.num_active.float().mean().item()}
+    self.step_terms.append(values)
+    for k, v in values.items(): self.terms.setdefault(k, []).append(v)
+
+@patch
+def _stop_on_nan(self: LexicalTrainer, loss, terms):
+    if torch.isfinite(loss): return
+    self._stop(f'The loss is not finite at step {self.state.global_step + 1}', ', '.join(f'{k} {v.item():.3g}' for k, v in terms.items()))
+
+# %% ../nbs/02c_train.ipynb #eb51657b
+@patch
+def dual_step(self: LexicalTrainer):
+    "Once per optimiser step: GECO, the moving average of k, and the alarm for closed gates."
+    mean = {k: self._mean(sum(t[k] for t in self.step_terms)/len(self.step_terms)) for k in ('ce', 'active')}
+    self.step_terms = []
+    self._move_trackers()
+    self.active_ema = mean['active'] if self.active_ema is None else .95*self.active_ema + .05*mean['active']
+    if self.warming_up: self.geco.observe(mean['ce'])
+    else: self.geco.update(mean['ce'], self.active_ema)
+    self._follow_schedule(mean['active'])
+    self.closed_steps = self.closed_steps + 1 if mean['active'] < .5 else 0
+    if self.closed_steps >= _CLOSED_STEPS: self._stop_closed()
+
+@patch
+def _follow_schedule(self: LexicalTrainer, active):
+    "Move the common level of the thresholds; now and then look at held-out texts, where more words open."
+    if self.level is None: return
+    step, gate = self.state.global_step, self._net.activation
+    move = self.level.step(gate, active, step/self.state.max_steps)
+    slow = getattr(self.optimizer, 'optimizer', self.optimizer).state.get(gate.log_theta, {}).get('z')
+    if slow is not None: slow.add_(move)                             # schedule-free: what it averages moves too, or it pulls the level back
+    if self.eval_dataset is not None and step % _LOOK_EVERY == 0: self.level.observe_held_out(self._held_out_active(step//_LOOK_EVERY - 1))
+
+@patch
+def _stop_closed(self: LexicalTrainer):
+    raise RuntimeError(f"All gates closed at step {self.state.global_step}: the model sees no words. Lower the learning rates "
+                       "(head_multiplier, learning_rate, gate_learning_rate), or raise anchor_margin.")
+
+# %% ../nbs/02c_train.ipynb #7abe998d
+@patch
+@torch.no_grad()
+def _held_out_active(self: LexicalTrainer, turn, exact=False):
+    "Open words of one batch of the held-out texts, in evaluation mode; the first few batches take turns. `exact`: in the weights' own precision, as a saved model is read."
+    size, n = self.args.per_device_eval_batch_size, len(self.eval_dataset)
+    at = turn % max(1, min(_LOOK_BATCHES, n//size))*size
+    texts = sorted((self.eval_dataset[self._watched[i]] for i in range(at, min(at + size, n))), key=lambda text: len(text['input_ids']))
+    net, opened = self._net, []
+    read = partial(type(net).forward, net) if exact else net            # accelerate wraps the forward of the instance
+    was_training = net.training
+    net.eval()
+    with nullcontext() if exact else self.compute_loss_context_manager():
+        for i in range(0, len(texts), _LOOK_TOGETHER):
+            batch = self._prepare_inputs(self.data_collator(texts[i:i + _LOOK_TOGETHER]))
+            opened.append(read(**{k: v for k, v in batch.items() if k in ('input_ids', 'attention_mask', 'labels')}).state.num_active)
+    net.train(was_training)
+    return torch.cat(opened).float().mean().item()
+
+@patch
+def settle_level(self: LexicalTrainer, exact: bool = True) -> float|None:            # open words of held-out texts
+    "Hold K on the held-out texts, where there are any; `exact`: as the saved model is read, since low thresholds tell bfloat16's rounding from a word."
+    evaluation_mode(self.optimizer)                                  # schedule-free: the averaged weights are the model, held-out texts or not
+    if self.level is None or self.eval_dataset is None: return
+    turns = range(max(1, min(_LOOK_BATCHES, len(self.eval_dataset)//self.args.per_device_eval_batch_size)))
+    return self.level.settle(self._net.activation, lambda: sum(self._held_out_active(t, exact) for t in turns)/len(turns))
+
+@patch
+@contextmanager
+def _as_settled(self: LexicalTrainer):
+    "While training: the thresholds at which the model would be handed out, so that it is judged as it will be; then as they were."
+    if not self.is_in_train or self.level is None or self.geco.tau.isnan(): yield; return
+    log_theta = self._net.activation.log_theta
+    evaluation_mode(self.optimizer)                                  # schedule-free: what is put back is the average, as the optimizer believes
+    before = log_theta.detach().clone()
+    self.settle_level(exact=False)                                   # it is judged in the precision of training
+    try: yield
+    finally: log_theta.data.copy_(before)
+
+@patch
+def finish(self: LexicalTrainer):
+    "After the last step: settle the level, and say it where the words are too many or too few."
+    active, K = self.settle_level(), self.args.active_target
+    if active is None: return
+    if active < .5: self._stop_closed()
+    if active > 1.05*K: warnings.warn(f"Held-out texts open {active:.0f} words, more than the {K:g} asked for: train longer, or raise active_target.")
+    if active < K/4: warnings.warn(f"Held-out texts open {active:.1f} words where {K:g} are allowed, and so few may be codes of the classes: look at them. "
+                                   "A wider anchor_margin, a lower anchor_weight or a lower learning_rate keeps more.")
+
+@patch
+def _counted(self: LexicalTrainer, n):
+    "Texts of this process's batch that repeat none: the last batches of several processes are filled up."
+    now = self.accelerator.gradient_state
+    if self.accelerator.num_processes == 1 or not now.end_of_dataloader or now.remainder < 1: return n
+    return min(n, max(0, now.remainder - n*self.accelerator.process_index))
+
+@patch
+def _judged(self: LexicalTrainer, found):
+    "tau and the score by which a model is kept, once there is a constraint."
+    tau, K = self.geco.tau.item(), self.args.active_target
+    return {} if math.isnan(tau) else dict(tau=tau, constrained=constrained_score(found['ce'], tau, found['active'], K,
+        found.get('reference_share', 0.)))
+
+# %% ../nbs/02c_train.ipynb #96cf8c5b
+@patch
+def _epoch_steps(self: LexicalTrainer):
+    return 1 if self.train_dataset is None else math.ceil(len(self.train_dataset)/self.args.train_batch_size/self.args.gradient_accumulation_steps/self.args.world_size)
+
+@patch
+def _planned_steps(self: LexicalTrainer):
+    return self.args.max_steps if self.args.max_steps > 0 else math.ceil(self._epoch_steps()*self.args.num_train_epochs)
+
+@patch
+def _method(self: LexicalTrainer):
+    parts = dict(geco=self.geco, centroids=self.centroids, margin=self.margin, frequencies=self.frequencies)
+    return nn.ModuleDict(parts if self.level is None else parts | dict(level=self.level))
 
 class _DualStep(TrainerCallback):
     "Calls the trainer's dual step after each optimiser step."

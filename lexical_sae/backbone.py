@@ -112,8 +112,8 @@ def masked_loss(
     texts: list[str],
 ) -> float:
     "Cross-entropy (nats) on every sixth token, masked."
-    batch = tokenizer(texts, return_tensors='pt', padding=True, truncation=True, max_length=64)
-    real = batch.attention_mask.bool() & ~torch.isin(batch.input_ids, torch.tensor(tokenizer.all_special_ids))
+    batch = tokenizer(texts, return_tensors='pt', padding=True, truncation=True, max_length=64).to(backbone.device)
+    real = batch.attention_mask.bool() & ~torch.isin(batch.input_ids, torch.tensor(tokenizer.all_special_ids, device=backbone.device))
     chosen = real & (real.cumsum(1) % 6 == 3)
     labels = batch.input_ids[chosen]
     batch['input_ids'] = batch.input_ids.masked_fill(chosen, tokenizer.mask_token_id)

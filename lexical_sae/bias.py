@@ -24,6 +24,7 @@ from sklearn.metrics import roc_auc_score
 
 from .model import LexicalSAE
 from .surgery import classified
+from .targets import is_multilabel, probabilities
 
 # %% ../nbs/04a_bias.ipynb #28c7fe7a
 CIVIL_COMMENTS = '''male female transgender other_gender heterosexual homosexual_gay_or_lesbian bisexual other_sexual_orientation
@@ -271,13 +272,14 @@ def predicted_scores(
 ) -> np.ndarray:             # [n] probability of the positive class
     "How toxic the model thinks each text."
     scores, c = np.empty(len(texts)), positive_id(model, positive)
-    for rows, _, state in classified(model, texts, desc='scores', **kwargs): scores[rows] = state.logits.softmax(-1)[:, c].cpu().numpy()
+    for rows, _, state in classified(model, texts, desc='scores', **kwargs):
+        scores[rows] = probabilities(state.logits, is_multilabel(model.config))[:, c].cpu().numpy()
     return scores
 
 def evaluate_bias(
     model: LexicalSAE,
     texts: Sequence[str],
-    labels: Sequence[int],                        # class ids
+    labels: Sequence,                             # [n] class ids; [n,C] of 0 and 1 where classes overlap, [n] where there is one logit
     groups: dict[str, Sequence[bool]]|None = None,  # None: by the identity lexicon, groups without a member left out
     positive: str|int = -1,                       # class that counts as toxic
     threshold: float = .5,                        # a text is flagged above this score
@@ -289,7 +291,9 @@ def evaluate_bias(
     "Error rates and rankings of a model by identity group."
     if groups is None: groups = {g: m for g, m in groups_from_lexicon(texts).items() if m.any()}
     c = positive_id(model, positive)
-    return bias_report(predicted_scores(model, texts, c, **kwargs), np.asarray(labels) == c, groups, threshold, minimum, resamples, seed)
+    y = np.asarray(labels)
+    toxic = y.reshape(len(y), -1)[:, c] > .5 if is_multilabel(model.config) else y == c
+    return bias_report(predicted_scores(model, texts, c, **kwargs), toxic, groups, threshold, minimum, resamples, seed)
 
 # %% ../nbs/04a_bias.ipynb #aaa75aad
 def identity_templates(

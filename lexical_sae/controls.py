@@ -31,6 +31,7 @@ from .dla import CircuitState, circuit_state
 from .model import LexicalSAE, SparseSequence
 from .discovery import TopTokens
 from .surgery import classified
+from .targets import is_multilabel
 
 # %% ../nbs/04b_controls.ipynb #0681bbec
 def delete_words(
@@ -83,9 +84,10 @@ class ConceptEraser:
 
     def _erase(self, x, z):
         "Erase from rows; z is needed by the oracles alone."
-        if not self.needs_groups: return self.eraser(x)
+        where, x = x.device, x.cpu()                                     # where the eraser was fitted
+        if not self.needs_groups: return self.eraser(x).to(where)
         if z is None: raise ValueError(f"The {self.method} eraser needs the group of every text: pass groups.")
-        return self.eraser(x, z.any(1).long() if self.method == 'quadratic' else z)
+        return self.eraser(x, z.any(1).long() if self.method == 'quadratic' else z).to(where)
 
     @torch.no_grad()
     def classify(self,
@@ -97,12 +99,12 @@ class ConceptEraser:
         "What the model says once the concept is erased."
         if self.on == 'hidden':
             h = seq.h.clone()
-            z = None if member is None else member[seq.index[:, 0]]
+            z = None if member is None else member.cpu()[seq.index[:, 0].cpu()]
             h[seq.keep] = self._erase(seq.rows, z).to(h.dtype)
             return model.classify(SparseSequence(h, seq.keep, model))
         state = model.classify(seq) if state is None else state
         s = state.sparse_vector.clone()
-        s[:, self.dims] = self._erase(s[:, self.dims], member).to(s.dtype)
+        s[:, self.dims] = self._erase(s[:, self.dims], None if member is None else member.cpu()).to(s.dtype)
         return circuit_state(s, state.head, state.position)
 
 def _fitter(method, dims, concepts):
@@ -135,8 +137,8 @@ class ConceptEraserFitter:
     @torch.no_grad()
     def update(self, seq: SparseSequence, state: CircuitState, member: Tensor):  # member [B,G] bool
         "Take in one batch."
-        if self.on == 'sparse': x, z = state.sparse_vector[:, self.dims], member
-        else: x, z = seq.rows, member[seq.index[:, 0]]
+        if self.on == 'sparse': x, z = state.sparse_vector[:, self.dims].cpu(), member.cpu()
+        else: x, z = seq.rows.cpu(), member.cpu()[seq.index[:, 0].cpu()]
         self.texts += len(x)
         z = z.any(1).long() if self.method == 'quadratic' else z.double()
         if self.method != 'quadratic': self.fitter.update(x.double(), z)
@@ -258,6 +260,7 @@ def run_conditions(
     **kwargs,                            # batch_size, max_length
 ) -> dict[str, ConditionRun]:
     "One pass over the texts for all conditions."
+    if is_multilabel(model.config): raise ValueError("Conditions are compared by classes that exclude each other, and this model asks a yes or no of each: train it with two classes.")
     n, C = len(texts), model.config.num_labels
     logits = {k: np.empty((n, C), dtype=np.float32) for k in conditions}
     parts, order, worst = {k: [] for k in conditions}, [], dict.fromkeys(conditions, 0.)

@@ -18,6 +18,7 @@ from .dla import CircuitState
 from .explain import position_shares
 from .model import LexicalSAE
 from .surgery import classified
+from .targets import is_multilabel
 from .words import align_words, normalise_word
 
 # %% ../nbs/04aa_discovery.ipynb #f6157aeb
@@ -132,6 +133,7 @@ def get_top_tokens(
     **kwargs,                                # batch_size, max_length
 ) -> TopTokens:
     "Words that classes and groups lean on, by exact contribution."
+    if is_multilabel(model.config): raise ValueError("Words are compared over classes that exclude each other, and this model asks a yes or no of each: use ClassWordsFitter for its words.")
     names = list(model.config.id2label.values())
     if target not in names and target not in range(-1, len(names)): raise ValueError(f"Unknown target '{target}': choose one of {', '.join(names)}.")
     c = names.index(target) if target in names else range(len(names))[target]

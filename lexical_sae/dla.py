@@ -120,7 +120,8 @@ def effective_columns(
         if against is not None: w = w - W[against]
         return w if w.ndim == 2 and classes is not None else w[None]
     rows, d = class_rows(head, classes, against), units.to(W.dtype)      # [B,H]
-    return (rows*d[:, None]) @ W if classes is None else (rows*d) @ W    # [B,C,U] or [B,U]
+    with torch.autocast(W.device.type, enabled=False):
+        return (rows*d[:, None]) @ W if classes is None else (rows*d) @ W    # [B,C,U] or [B,U]
 
 def compute_attribution_tensor(
     sparse_vector: Tensor,             # [B,V] open words
@@ -130,6 +131,8 @@ def compute_attribution_tensor(
     units: Tensor|None = None,         # [B,H] open units, where they are known already
 ) -> Tensor:                           # [B,V], or [B,C,V] for all classes
     "`s_j W_eff[c,j]` of every word: the exact parts of a logit, differentiable in `s` and in the head."
+    if classes is None and isinstance(against, Tensor) and against.ndim:
+        raise ValueError("A class to subtract for each text needs a class for each text: give classes [B], or one class as against.")
     with torch.autocast(sparse_vector.device.type, enabled=False):
         s = sparse_vector.to(head.fc2.bias.dtype)
         units = head.open_units(s) if units is None else units
@@ -176,7 +179,7 @@ class CircuitState:
 def effective_bias(head: ClassifierHead, units: Tensor|None, batch: int) -> Tensor:  # [B,C]
     "`b_eff = W2 (d * b1) + b2`."
     if not head.hidden: return head.fc2.bias.expand(batch, -1)
-    return F.linear(torch.where(units, head.fc1.bias, 0.), head.fc2.weight, head.fc2.bias)
+    with torch.autocast(units.device.type, enabled=False): return F.linear(torch.where(units, head.fc1.bias, 0.), head.fc2.weight, head.fc2.bias)
 
 def circuit_state(sparse_vector: Tensor, head: ClassifierHead, position: Tensor|None = None, z_max: Tensor|None = None) -> CircuitState:
     "Run the head on open words and keep what explains it."
@@ -226,7 +229,7 @@ def _slice_of_head(head, sparse_vector, index):
     if not head.hidden: return head.fc2.weight.T[index].transpose(1, 2)
     d = head.open_units(sparse_vector).to(head.fc1.bias.dtype)           # [B,H]
     columns = word_columns(head.fc1, index.flatten()).T.unflatten(0, index.shape)    # [B,K,H]
-    return (head.fc2.weight*d[:, None]) @ columns.transpose(1, 2)        # [B,C,H] @ [B,H,K]
+    with torch.autocast(d.device.type, enabled=False): return (head.fc2.weight*d[:, None]) @ columns.transpose(1, 2)      # [B,C,H] @ [B,H,K]
 
 # %% ../nbs/01_dla_identity.ipynb #1015fa7c
 def circuit_mask(

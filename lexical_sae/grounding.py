@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOP', 'FrozenReference', 'centred_contributions', 'WordAssociations', 'dimension_words', 'sentiment_lexicon',
-           'Grounding', 'reference_ranks', 'GroundingFitter', 'measure_grounding']
+           'Grounding', 'said_by_reference', 'GroundingFitter', 'measure_grounding']
 
 # %% ../nbs/01c_grounding.ipynb #b26dd5cf
 import copy
@@ -144,18 +144,18 @@ class Grounding:
     def to_dict(self) -> dict: return {k: v for k, v in vars(self).items() if v is not None}
 
 # %% ../nbs/01c_grounding.ipynb #ba93dd16
-def reference_ranks(
+def said_by_reference(
     reference: FrozenReference,
     h: Tensor,          # [B,L,D] of the reference
     text: Tensor,       # [n] which text
     position: Tensor,   # [n] which position
     ids: Tensor,        # [n] which word
     dims: Tensor,       # [A] allowed words: those ranked
-) -> Tensor:            # [n] how many allowed words are louder at that position
-    "Rank (from 0) of each word at its own position under the frozen reference."
+) -> Tensor:            # [n] bool
+    "Whether each word is among the `TOP` loudest allowed ones at its own position under the frozen reference."
     weight, bias = projection(reference.backbone)
     place, inverse = torch.unique(torch.stack([text, position.long()], 1), dim=0, return_inverse=True)
-    rank = torch.empty(len(ids), dtype=torch.long, device=ids.device)
+    said = torch.empty(len(ids), dtype=torch.bool, device=ids.device)
     E, b = weight[dims], 0 if bias is None else bias[dims]
     column = torch.full((len(weight),), -1, device=dims.device); column[dims] = torch.arange(len(dims), device=dims.device)
     for i in range(0, len(place), 256):
@@ -163,8 +163,8 @@ def reference_ranks(
         mine = ((inverse >= i) & (inverse < i + 256)).nonzero()[:, 0]
         rows, own = inverse[mine] - i, column[ids[mine]]
         kth = z.topk(min(TOP, z.shape[1]), dim=1).values[:, -1]          # a word is in the top when it reaches the last of it
-        rank[mine] = torch.where(z[rows, own] >= kth[rows], 0, TOP)
-    return rank
+        said[mine] = z[rows, own] >= kth[rows]
+    return said
 
 TOP = 50  # words of the reference at a position that count as said by it
 
@@ -204,8 +204,8 @@ class GroundingFitter:
         add('bias', bias); add('bias_of', bias + size.sum())
         own = [{normalise_word(w) for w in text_words(self.model.read_part(t, max_length))} for t in texts]     # not of a part that was cut off
         add('input', size[torch.tensor([self.names[j] in own[i] for i, j in zip(text.tolist(), ids.tolist())], dtype=torch.bool)].sum())
-        rank = reference_ranks(self.reference, self.reference.encode(**batch), text, state.position[text, ids], self.base[ids], self.dims)
-        add('reference', size[rank < TOP].sum())
+        said = said_by_reference(self.reference, self.reference.encode(**batch), text, state.position[text, ids], self.base[ids], self.dims)
+        add('reference', size[said].sum())
         self._directions(value, size, text, ids, predicted, add)
 
     def _directions(self, value, size, text, ids, predicted, add):

@@ -38,6 +38,8 @@ from .words import vocabulary_mask, vocabulary_words
 # %% ../nbs/01a_model.ipynb #1dc3c3b2
 FORMAT_VERSION = 1
 
+_COUNT_FROM_PADDING = ('roberta', 'xlm-roberta', 'camembert', 'mpnet', 'roberta-prelayernorm', 'data2vec-text', 'xlm-roberta-xl', 'xmod', 'ibert', 'longformer', 'luke', 'esm')   # positions
+
 class LexicalSAEConfig(PreTrainedConfig):
     "Configuration of a `LexicalSAE`."
     model_type = 'lexical_sae'
@@ -85,7 +87,7 @@ class LexicalSAEConfig(PreTrainedConfig):
     def max_positions(self) -> int:
         "Longest input of the backbone in tokens, special tokens included."
         c = self.backbone_config
-        offset = c.get('pad_token_id', 0) + 1 if c.get('model_type') in ('roberta', 'xlm-roberta', 'camembert', 'mpnet') else 0
+        offset = (c.get('pad_token_id') or 0) + 1 if c.get('model_type') in _COUNT_FROM_PADDING else 0
         return c.get('max_position_embeddings', 512) - offset
 
 # %% ../nbs/01a_model.ipynb #fad5ca66
@@ -330,7 +332,7 @@ def from_backbone(cls,
     config = cls.config_class(backbone.config, num_labels=len(labels), id2label=dict(enumerate(labels)),
                               label2id={l: i for i, l in enumerate(labels)}, special_token_ids=_special_ids(tokenizer), backbone_name=name,
                               backbone_revision=revision, backbone_hash=weights_hash(backbone), **kwargs)
-    model = cls(config, backbone)
+    model = cls(config, backbone).to(backbone.device)
     model.tokenizer = tokenizer
     model.restrict_vocabulary(config.vocabulary)
     model.start_threshold(sample_sentences() if tokenizer is not None else None)
@@ -405,7 +407,7 @@ def batch(self: LexicalSAE, texts: list[str], max_length: int|None = None) -> di
 def read_part(self: LexicalSAE, text: str, max_length: int|None = None) -> str:
     "The part of a text that the model reads: up to the last token that fits."
     tokenizer, limit = self._need_tokenizer(), min(max_length or 10**9, self.config.max_positions)
-    if len(text) <= limit or not tokenizer.is_fast: return text               # a token has a character at least
+    if len(text.encode()) + tokenizer.num_special_tokens_to_add() <= limit or not tokenizer.is_fast: return text     # a token has a byte at least
     spans = tokenizer(text, truncation=True, max_length=limit, return_offsets_mapping=True, verbose=False)['offset_mapping']
     return text[:max(end for _, end in spans)]
 
@@ -418,7 +420,7 @@ def save_pretrained(self: LexicalSAE, save_directory: str|Path, push_to_hub: boo
     with tempfile.TemporaryDirectory(dir=target, prefix='.saving-') as tmp:
         PreTrainedModel.save_pretrained(self, tmp, **kwargs)
         if self.tokenizer is not None: self.tokenizer.save_pretrained(tmp)
-        # config.json last: a folder without it is not yet a model
+        (target/'config.json').unlink(missing_ok=True)                   # config.json first to go and last to come: a folder without it is no model
         for f in sorted(Path(tmp).iterdir(), key=lambda f: f.name == 'config.json'): os.replace(f, target/f.name)
     wanted = ('commit_message', 'commit_description', 'private', 'token', 'revision', 'create_pr', 'tags')
     if push_to_hub: self.push_to_hub(kwargs.get('repo_id') or target.name, **{k: kwargs[k] for k in wanted if k in kwargs})

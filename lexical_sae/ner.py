@@ -269,7 +269,9 @@ def tag_batches(
     try:
         for batch in tqdm(word_batches(model.tokenizer, sentences, model.config.max_positions, batch_size, model.device),
                           total=-(-len(sentences)//batch_size), desc='tag', disable=not many, mininterval=5):
-            yield batch, model.tag_state(model.encode(**batch.encoding).with_mask(batch.first))
+            seq = model.encode(**batch.encoding).with_mask(batch.first)
+            kept = seq.keep[batch.first].tolist()                        # a word spelled like a special token has no position of its own
+            yield replace(batch, first=seq.keep, words=[w for w, k in zip(batch.words, kept) if k]), model.tag_state(seq)
     finally: model.train(was_training)                                     # also where the caller stops early
 
 class PredictionCollector:

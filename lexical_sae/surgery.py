@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .activation import Gate
 from .dla import CircuitState, circuit_state
 from .model import LexicalSAE, SparseSequence, check_texts
+from .targets import is_multilabel, right_answers
 from .words import get_clean_vocab_mask, normalise_word, read_vocabulary, surface_forms, word_to_id
 
 # %% ../nbs/04_surgery.ipynb #d1905c01
@@ -229,7 +230,7 @@ class EffectFitter:
     def update(self,
         seq: SparseSequence,
         state: CircuitState,
-        labels: Tensor|None = None,   # [B] class ids
+        labels: Tensor|None = None,   # [B] class ids, or [B,C] of 0 and 1
     ):
         "Take in one batch."
         part, ids = state.attribution(), []                              # [B,C,V]
@@ -240,15 +241,16 @@ class EffectFitter:
 
     def _add(self, k, state, after, predicted, affected, labels):
         s, actual = self.sum[k], after.logits - state.logits
-        gap, old, new = (actual - predicted).abs(), state.logits.argmax(-1), after.logits.argmax(-1)
+        gap, multilabel = (actual - predicted).abs(), is_multilabel(self.model.config)
+        old, new = ((x.logits > 0) if multilabel else x.logits.argmax(-1, keepdim=True) for x in (state, after))      # [B,C] or [B,1]
         values = dict(texts=len(old), affected=affected.sum(), predicted=predicted.abs().mean(1).sum(), actual=actual.abs().mean(1).sum(),
                       gap=gap.mean(1).sum(), units=0 if state.units is None else (state.units != after.units).sum(),
-                      flips=(old != new).sum(), left=after.num_active.sum())
+                      flips=(old != new).any(-1).sum(), left=after.num_active.sum())
         for name, x in values.items(): s[name] += float(x)
         self.worst[k] = max(self.worst[k], gap.max().item())
         if labels is not None:
-            labels = labels.to(old.device)
-            s['labelled'] += len(labels); s['right'] += float((new == labels).sum()); s['before'] += float((old == labels).sum())
+            s['labelled'] += len(labels)
+            for name, x in (('right', after), ('before', state)): s[name] += float(right_answers(x.logits, labels, multilabel).sum())
 
     def curve(self) -> list[RemovalEffect]:
         "One effect a step."

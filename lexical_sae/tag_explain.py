@@ -10,6 +10,7 @@ __all__ = ['TAG_STYLE', 'centred_tag_contributions', 'EvidenceWord', 'Entity', '
 import html
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,9 @@ from .circuits import COUNTS, SHARES, circuit_sizes
 from .dla import TagCircuitState, circuit_mask, class_rows, identity_error
 from .entities import spans
 from .explain import BLUE, ORANGE
-from .grounding import TOP, FrozenReference, WordAssociations, reference_ranks
+from .grounding import FrozenReference, WordAssociations, said_by_reference
 from .model import LexicalSAE, check_texts
-from .ner import WordBatch, masked_logits, padded_rows, tag_batches
+from .ner import WordBatch, check_sentences, masked_logits, padded_rows, tag_batches
 from .readers import to_bio2
 from .words import align_words, normalise_word
 
@@ -88,14 +89,13 @@ def _evidence(parts, words, names, method):
 @torch.no_grad()
 def explain_entities(
     model: LexicalSAE,       # a tagger
-    text: str,               # plain text; words are found by the tokenizer
+    text: str|list[str],     # plain text, cut into words as chapter 00b does; or a sentence already cut, as the tagger was trained
     method: str = 'sum',     # "sum": exact; "max_abs": the strongest part of each vocabulary word
 ) -> EntityExplanation:
     "Each predicted entity with the vocabulary words that made it."
     if method not in ('sum', 'max_abs'): raise ValueError(f"Unknown method '{method}': choose 'sum' or 'max_abs'.")
-    check_texts([text])
-    located = align_words(model.tokenizer, text)
-    words, rows = [w.text for w in located], {}
+    words, at, text = _located(model, text)
+    rows = {}
     for batch, state in tag_batches(model, [words], progress=False):
         part, best = centred_tag_contributions(state), state.logits.softmax(-1).max(-1)
         bias = state.b_eff.gather(1, best.indices[:, None])[:, 0] - state.b_eff.mean(1)
@@ -109,9 +109,20 @@ def explain_entities(
     for kind, a, b in spans(to_bio2([t for _, t, _ in tags])):
         mine = [rows[i] for i in range(a, b)]
         evidence = _evidence([p for m in mine for p in m[4]], words, names, method)
-        found.append(Entity(text[located[a].start:located[b - 1].end], kind, located[a].start, located[b - 1].end, min(m[1] for m in mine),
+        start, end = at[a][0], at[b - 1][1]
+        found.append(Entity(text[start:end], kind, start, end, min(m[1] for m in mine),
                             sum(w.contribution for w in evidence), sum(m[2] for m in mine), max(m[3] for m in mine), evidence))
     return EntityExplanation(text, found, tags)
+
+def _located(model, text):
+    "Words, where they stand, and the text they stand in."
+    if isinstance(text, str):
+        check_texts([text])
+        located = align_words(model.tokenizer, text)
+        return [w.text for w in located], [(w.start, w.end) for w in located], text
+    check_sentences([text])
+    ends = np.cumsum([len(w) + 1 for w in text]) - 1                     # a blank between two words
+    return list(text), [(e - len(w), e) for w, e in zip(text, ends.tolist())], ' '.join(text)
 
 # %% ../nbs/03a_tag_explain.ipynb #df8cd71d
 TAG_STYLE = '''<style>.lxe{font:15px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1c2330;background:#fff;padding:1rem 0;border-top:1px solid #dfe3ea}
@@ -187,7 +198,7 @@ class TagGroundingFitter:
         "One batch of `tag_batches`."
         best, h0 = state.logits.argmax(-1), self.reference.encode(**batch.encoding)
         bias = (state.b_eff.gather(1, best[:, None])[:, 0] - state.b_eff.mean(1)).abs()
-        said = reference_ranks(self.reference, h0, *state.index[state.active.row].T, state.active.dim, self.dims) < TOP
+        said = said_by_reference(self.reference, h0, *state.index[state.active.row].T, state.active.dim, self.dims)
         row, dim, part, best, bias, said = (x.cpu() for x in (state.active.row, state.active.dim, centred_tag_contributions(state), best, bias, said))
         kind, size = self.type_of[best], part.abs()
         own = {s: {normalise_word(w) for w in sentences[s]} for s, _ in batch.words}

@@ -83,7 +83,11 @@ def classification_loss(
     "Cross-entropy of one class a text, or the mean binary cross-entropy over all classes."
     if class_weights is not None: class_weights = class_weights.to(logits)
     if not multilabel:
-        return F.cross_entropy(logits, check_class_ids(labels, logits), weight=class_weights, label_smoothing=label_smoothing)
+        labels = check_class_ids(labels, logits)
+        if class_weights is None: return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        loss = F.cross_entropy(logits, labels, reduction='none', label_smoothing=label_smoothing)      # torch would weigh the smoothed part by all classes
+        weight = class_weights[labels.clamp(min=0)]*(labels >= 0)
+        return (weight*loss).sum()/weight.sum()
     target = check_multilabels(labels, logits)*(1 - label_smoothing) + label_smoothing/2
     return F.binary_cross_entropy_with_logits(logits, target, pos_weight=class_weights)
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .dla import CircuitState, circuit_state
 from .geco import has_price
-from .grounding import TOP, FrozenReference, centred_contributions, reference_ranks
+from .grounding import FrozenReference, centred_contributions, said_by_reference
 from .model import LexicalSAE
 from .targets import classification_loss, is_multilabel, right_answers
 
@@ -106,8 +106,8 @@ class ValidationFitter:
         size = centred_contributions(state, centred=not self.multilabel)[text, ids].abs()
         with torch.autocast(size.device.type, enabled=False):            # ranks need more than bfloat16
             h0 = self.reference.encode(batch['input_ids'], batch['attention_mask'])
-            rank = reference_ranks(self.reference, h0, text, state.position[text, ids], self.model.base_ids[ids], self.dims)
-        return size.sum(), size[rank < TOP].sum()
+            said = said_by_reference(self.reference, h0, text, state.position[text, ids], self.model.base_ids[ids], self.dims)
+        return size.sum(), size[said].sum()
 
     def fit(self, reduce=lambda tensor: tensor) -> dict:  # `reduce` sums over processes
         "Means over all texts."

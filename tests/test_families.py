@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (AlbertConfig, AutoModelForMaskedLM, BertConfig, DebertaV2Config, DistilBertConfig, ElectraConfig, ModernBertConfig,
-                          MPNetConfig, RobertaConfig, XLMRobertaConfig)
+                          MPNetConfig, RobertaConfig, RobertaPreLayerNormConfig, XLMRobertaConfig)
 
 from lexical_sae.decode import naive_decode, pooled_decode
 from lexical_sae.dla import identity_error, route_to_positions
@@ -23,6 +23,8 @@ CONFIGS = {
     'modernbert': lambda **k: ModernBertConfig(**SMALL, pad_token_id=0, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3, **k),
     'albert': lambda **k: AlbertConfig(**SMALL, embedding_size=8, **k),
     'electra': lambda **k: ElectraConfig(**SMALL, embedding_size=8, **k),
+    'roberta-prelayernorm': lambda **k: RobertaPreLayerNormConfig(**SMALL, pad_token_id=1, **k),
+    'roberta-prelayernorm': lambda **k: RobertaPreLayerNormConfig(**SMALL, pad_token_id=1, **k),
     'mpnet': lambda **k: MPNetConfig(**SMALL, **k),
     'xlm-roberta': lambda **k: XLMRobertaConfig(**SMALL, pad_token_id=1, **k),
     'deberta-v2': lambda **k: DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=['p2c', 'c2p'], legacy=True, **k),
@@ -112,10 +114,19 @@ ids, mask = torch.tensor({ids.tolist()}), torch.tensor({mask.tolist()})
 with torch.no_grad(): print(torch.equal(m.classify(m(ids, mask)).logits, torch.load(r"{tmp_path}/logits.pt", weights_only=True)))'''
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'True'
 
+@pytest.mark.parametrize('family', CONFIGS)
+def test_a_text_may_be_as_long_as_the_model_says(family):
+    model = build(family)
+    ids = torch.randint(5, V, (1, min(model.config.max_positions, 60)), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): assert model.classify(model.encode(ids, torch.ones_like(ids))).logits.isfinite().all()
+
 def test_head_stays_in_float32_under_autocast():
     model, (ids, mask) = build('bert'), batch()
-    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): state = model.classify(model(ids, mask))
-    assert state.logits.dtype == torch.float32 and identity_error(state) <= 1e-5
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        state, tags = model.classify(model(ids, mask)), model.tag_state(model(ids, mask))
+        assert {x.dtype for x in (state.logits, state.b_eff, state.W_eff, tags.b_eff)} == {torch.float32}
+        assert max(identity_error(state), identity_error(tags)) <= 1e-5
+    assert identity_error(state) <= 1e-5
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bfloat16', 'float16'])
 @pytest.mark.parametrize('family', CONFIGS)

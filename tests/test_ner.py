@@ -84,6 +84,14 @@ def test_no_gradient_at_all_closed_gates(tokenizer):
     state.logits.sum().backward()
     assert model.head.fc2.bias.grad.abs().sum() > 0
 
+def test_a_word_spelled_like_a_special_token_moves_no_other_tag(tokenizer):
+    "It has no position of its own and is no entity; the words around it, and the next sentence, keep theirs."
+    model, sentences = tagger(tokenizer).eval(), [['berlin', '[SEP]', 'anna', '[PAD]', 'paris'], ['anna', 'lee', 'visited']]
+    (batch, state), = tag_batches(model, sentences, progress=False)
+    assert batch.words == [(0, 0), (0, 2), (0, 4), (1, 0), (1, 1), (1, 2)] and len(state.logits) == 6 and int(batch.first.sum()) == 6
+    both, alone = predict_tags(model, sentences).tags, predict_tags(model, sentences[1:]).tags
+    assert both[0][1] == both[0][3] == 'O' and both[1] == alone[0]
+
 def test_one_instance_tags_and_classifies_and_the_pipeline_agrees(tokenizer, tmp_path):
     model = tagger(tokenizer).eval(); model.save_pretrained(tmp_path/'model')
     text = 'anna lee visited berlin'

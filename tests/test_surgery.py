@@ -277,6 +277,21 @@ def test_prediction_is_exact_for_linear_heads_and_while_no_unit_flips(seed, hidd
     same = torch.ones(4, dtype=torch.bool) if not hidden else (after.units == state.units).all(-1)
     assert (gap[same] <= 1e-4).all() and torch.equal(without(state, []).logits, state.logits)
 
+@pytest.mark.parametrize('labels, C', [([1., 0., 1.], 1), ([[1., 0.], [0., 0.], [1., 1.]], 2)], ids=['one logit', 'two questions'])
+def test_yes_and_no_are_counted_as_answers(labels, C):
+    model = LexicalSAEForSequenceClassification.from_backbone(backbone('bert'), init_threshold=.1, vocabulary='all', classifier_hidden=8,
+                                                              label_names=[f'q{i}' for i in range(C)], problem_type='multi_label_classification').eval()
+    with torch.no_grad():
+        for p in model.head.parameters(): p.normal_()
+        seq = model.encode(*batch()); state = model.classify(seq); gone = [int(state.sparse_vector[0].argmax())]
+        fitter = EffectFitter(model, [gone]); fitter.update(seq, state, torch.tensor(labels))
+        s = state.sparse_vector.clone(); s[:, gone] = 0
+    effect, y, after = fitter.fit(), torch.tensor(labels).view(3, C) > .5, circuit_state(s, model.head).logits
+    assert effect.accuracy_before == pytest.approx(((state.logits > 0) == y).float().mean().item())
+    assert effect.accuracy_after == pytest.approx(((after > 0) == y).float().mean().item())
+    assert effect.label_flips == ((after > 0) != (state.logits > 0)).any(-1).sum().item()
+    with pytest.raises(ValueError, match='yes or no of each'): get_top_tokens(model, ['a text'])
+
 def test_topk_words_move_up_and_the_effect_recomputes_them():
     model = build('bert', topk_per_position=2)
     ids, (tokens, mask) = open_ids(model), batch()

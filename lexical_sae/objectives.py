@@ -183,22 +183,19 @@ def evidence_loss(
     own: Tensor,          # [B,V] bool: words that count as evidence: of the text, or of the reference
     share: float = .42,   # wanted on them
     bias: Tensor|float = 0.,  # [B] the part that no word carries
-    of: str = 'text',     # "text": each has its share; "batch": all contributions together have it
 ) -> Tensor:              # []
-    "Shortfall of the contributions on words that count."
+    "Mean shortfall of the contributions on words that count."
     size = attribution.abs()
-    on, total = (size*own).sum(-1), size.sum(-1) + torch.as_tensor(bias).abs()           # [B]
-    if of == 'batch': on, total = on.sum(), total.sum()
-    return F.relu(share - on/total.clamp(min=1e-9)).mean()
+    total = size.sum(-1) + torch.as_tensor(bias).abs()
+    return F.relu(share - (size*own).sum(-1)/total.clamp(min=1e-9)).mean()
 
 def disagreement_loss(
     attribution: Tensor,  # [B,V] parts of the difference between the label's logit and its rival's
     direction: Tensor,    # [B,V] how much more the word's own occurrences point to the label than to its rival; 0: unknown
     share: float = .95,   # wanted on words that agree, of those that are known
-    of: str = 'text',     # as in `evidence_loss`
 ) -> Tensor:              # []
-    "Shortfall of the contributions on words that speak for the class in whose texts they occur."
-    return evidence_loss(attribution*(direction != 0), attribution.sign() == direction.sign(), share, of=of)
+    "Mean shortfall of the contributions on words that speak for the class in whose texts they occur."
+    return evidence_loss(attribution*(direction != 0), attribution.sign() == direction.sign(), share)
 
 def strongest_rival(logits: Tensor, labels: Tensor) -> Tensor:           # [B,C], [B] -> [B]
     "The best class that is not the label."

@@ -48,7 +48,6 @@ class LexicalTrainingArguments(TrainingArguments):
     evidence_share: float = field(default=.42, metadata={'help': "share of the contributions wanted on the text's own words; 0: none"})
     reference_share: float = field(default=.97, metadata={'help': 'share wanted on words that the frozen reference says at that position; 0: none'})
     association_share: float = field(default=.95, metadata={'help': 'share wanted on words that speak for the class in whose training texts they occur; 0: none'})
-    evidence_of: str = field(default='text', metadata={'help': 'who must have these shares: each "text", or the contributions of a "batch" together'})
     completeness_weight: float = field(default=.1, metadata={'help': 'weight of the circuit completeness loss'})
     completeness_against: str = field(default='kl', metadata={'help': '"kl" or "ce"'})
     separation_weight: float = field(default=0., metadata={'help': 'weight of the separation of class circuits'})
@@ -86,7 +85,7 @@ class LexicalTrainingArguments(TrainingArguments):
         if optim not in _OPTIMISERS:
             raise ValueError(f"optim must be one of {', '.join(_OPTIMISERS)}, got '{optim}' (or pass `optimizers` to the trainer).")
         if self.schedule_free: self.lr_scheduler_type = 'constant'       # it ramps and averages by itself
-        for name, choices in (('evidence_of', ('text', 'batch')), ('separation_form', ('triplet', 'cosine')), ('sparsity', ('l0', 'l1')), ('revival_form', ('untrained', 'published')),
+        for name, choices in (('separation_form', ('triplet', 'cosine')), ('sparsity', ('l0', 'l1')), ('revival_form', ('untrained', 'published')),
                               ('completeness_against', ('kl', 'ce'))):
             if getattr(self, name) not in choices: raise ValueError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'.")
         for name, low, high in (('sparsity_target', 0, 1), ('warmup_fraction', 0, 1)):
@@ -299,12 +298,12 @@ def _evidence(self: LexicalTrainer, state, inputs, opened=None):
     bias = (state.b_eff - always).gather(1, torch.stack([label, rival], 1))
     own = none.scatter(1, inputs['input_ids'], True)
     if self._net.senses is not None: own = own[:, self._net.base_ids]                   # every sense of a word that stands there
-    loss = evidence_loss(part, own, args.evidence_share, bias[:, 0] - bias[:, 1], args.evidence_of)
-    if self.direction is not None: loss = loss + disagreement_loss(part, self.direction[label] - self.direction[rival], args.association_share, args.evidence_of)
+    loss = evidence_loss(part, own, args.evidence_share, bias[:, 0] - bias[:, 1])
+    if self.direction is not None: loss = loss + disagreement_loss(part, self.direction[label] - self.direction[rival], args.association_share)
     if opened is None or not args.reference_share: return loss
     ids, z0 = opened[0], opened[-1]
     there = z0.gather(2, state.position.gather(1, ids).long()[..., None])[..., 0]                             # [B,K] at the word's own position
-    return loss + evidence_loss(part, none.scatter(1, ids, there > self.start_theta), args.reference_share, of=args.evidence_of)
+    return loss + evidence_loss(part, none.scatter(1, ids, there > self.start_theta), args.reference_share)
 
 # %% ../nbs/02c_train.ipynb #5adfb922
 @patch

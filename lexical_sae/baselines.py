@@ -290,11 +290,13 @@ def measure_baselines(
     kinds: tuple = ('topk', 'jumprelu'),   # autoencoders to train
     max_length: int|None = None,           # tokens; None: the model's limit
     seed: int = 0,
+    sae_texts: int = 20_000,               # training texts whose states the autoencoders learn from, evenly spaced: each is seen a dozen times; 0: all
     **sae_options,                         # of `fit_sae`: num_features, steps, ...
 ) -> Baselines:
     "Our model, its dense twin, post-hoc autoencoders at equal active features, bags of words, and a lexicon."
     rows = [measure_model(model, texts, labels, max_length)]
-    if dense is not None: rows += _dense_rows(model, dense, rows[0].active, texts, labels, train_texts, kinds, max_length, seed, sae_options)
+    learned = train_texts[::max(1, -(-len(train_texts)//sae_texts))] if sae_texts else train_texts
+    if dense is not None: rows += _dense_rows(model, dense, rows[0].active, texts, labels, learned, kinds, max_length, seed, sae_options)
     known = [normalise_word(w) for w, a in zip(model.words, model.activation.allowed.tolist()) if a]
     for name, vocabulary in (('bag of words', None), ('bag of words, our vocabulary', known)):
         rows.append(_bag_row(name, fit_bag_of_words(train_texts, train_labels, vocabulary, seed), texts, labels))

@@ -10,6 +10,7 @@ from transformers.utils import logging
 from lexical_sae.data import load_task, offline_backbone
 from lexical_sae.dense import DenseClassifier
 from lexical_sae.eval import TIERS, EvaluationData, evaluate
+from lexical_sae.grounding import FrozenReference
 from lexical_sae.model import LexicalSAEForSequenceClassification
 from lexical_sae.results import hardware
 
@@ -18,7 +19,8 @@ def main(folder, task, source):
     os.environ['TQDM_DISABLE'] = '1'
     data, model = load_task(task, source), LexicalSAEForSequenceClassification.from_pretrained(folder)
     dense = DenseClassifier(AutoModel.from_pretrained(offline_backbone(), dtype=torch.float32), model.config.num_labels)
-    held_out = EvaluationData(data['test']['text'][:], data['test']['label'][:], data['train']['text'][:], data['train']['label'][:], dense=dense)
+    held_out = EvaluationData(data['test']['text'][:], data['test']['label'][:], data['train']['text'][:], data['train']['label'][:],
+                              reference=FrozenReference.load(model, str(offline_backbone())), dense=dense)
     begin = time.perf_counter()
     report = evaluate(model, held_out, TIERS, max_length=64, report=lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(dict(task=task, texts=report.texts, train_texts=len(held_out.train_texts), seconds=time.perf_counter() - begin,

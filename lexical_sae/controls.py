@@ -97,14 +97,15 @@ class ConceptEraser:
         member: Tensor|None = None,       # [B,G] bool, for the oracles
     ) -> CircuitState:                    # obeys the identity; its s may be negative and is no longer sparse
         "What the model says once the concept is erased."
+        member = None if member is None else member.cpu()
         if self.on == 'hidden':
             h = seq.h.clone()
-            z = None if member is None else member.cpu()[seq.index[:, 0].cpu()]
+            z = None if member is None else member[seq.index[:, 0].cpu()]
             h[seq.keep] = self._erase(seq.rows, z).to(h.dtype)
             return model.classify(SparseSequence(h, seq.keep, model))
         state = model.classify(seq) if state is None else state
         s = state.sparse_vector.clone()
-        s[:, self.dims] = self._erase(s[:, self.dims], None if member is None else member.cpu()).to(s.dtype)
+        s[:, self.dims] = self._erase(s[:, self.dims], member).to(s.dtype)
         return circuit_state(s, state.head, state.position)
 
 def _fitter(method, dims, concepts):
@@ -137,8 +138,8 @@ class ConceptEraserFitter:
     @torch.no_grad()
     def update(self, seq: SparseSequence, state: CircuitState, member: Tensor):  # member [B,G] bool
         "Take in one batch."
-        if self.on == 'sparse': x, z = state.sparse_vector[:, self.dims].cpu(), member.cpu()
-        else: x, z = seq.rows.cpu(), member.cpu()[seq.index[:, 0].cpu()]
+        x, z = (state.sparse_vector[:, self.dims], member) if self.on == 'sparse' else (seq.rows, member.cpu()[seq.index[:, 0].cpu()])
+        x, z = x.cpu(), z.cpu()                                          # where the fitter is
         self.texts += len(x)
         z = z.any(1).long() if self.method == 'quadratic' else z.double()
         if self.method != 'quadratic': self.fitter.update(x.double(), z)

@@ -1,7 +1,7 @@
 """Seconds of a full report on a task's test texts, tier by tier; prints one JSON line.
 bench_report.py MODEL TASK SOURCE: a trained model's folder, the task that it was trained on, and where that lies.
 The dense twin beside it is not trained: reading it costs the same."""
-import json, os, sys, time
+import json, sys, time
 
 import torch
 from transformers import AutoModel
@@ -16,7 +16,6 @@ from lexical_sae.results import hardware
 
 def main(folder, task, source):
     logging.set_verbosity_error(); logging.disable_progress_bar()
-    os.environ['TQDM_DISABLE'] = '1'
     data, model = load_task(task, source), LexicalSAEForSequenceClassification.from_pretrained(folder)
     dense = DenseClassifier(AutoModel.from_pretrained(offline_backbone(), dtype=torch.float32), model.config.num_labels)
     held_out = EvaluationData(data['test']['text'][:], data['test']['label'][:], data['train']['text'][:], data['train']['label'][:],

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .activation import TopK
 from .dla import CircuitState, word_columns
-from .grounding import FrozenReference, centred_contributions
+from .grounding import FrozenReference, centred_contributions, centred_logit
 from .backbone import projection
 from .model import LexicalSAE, check_texts
 
@@ -168,7 +168,7 @@ def removal_effects(
         ids = (s[b] > 0).nonzero()[:, 0]                                 # [K]
         u = head.words(s[b]) - s[b, ids, None]*word_columns(head.words, ids).T   # [K,H] without one word each
         lost = state.logits[b] - head.from_hidden(u)                     # [K,C]
-        out[b, ids] = lost[:, c] - (lost.mean(-1) if lost.shape[-1] > 1 else 0.)
+        out[b, ids] = centred_logit(lost, c)
     return out
 
 # %% ../nbs/05f_scaling.ipynb #05c27c5f

@@ -5,9 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from lexical_sae.circuits import CompletenessFitter, SeparationFitter, circuit_sizes, separate
 from lexical_sae.entities import entity_scores
@@ -17,28 +15,16 @@ from lexical_sae.grounding import FrozenReference, centred_contributions
 from lexical_sae.model import LexicalSAEForSequenceClassification, LexicalSAEForTokenClassification
 from lexical_sae.ner import predict_tags, tag_batches
 from lexical_sae.tag_explain import centred_tag_contributions
+from lexical_sae.testing import SYLLABLES, tiny_model, tiny_texts, tiny_tokenizer
 
-WORDS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'] + [a + b + c for a in 'bdfg' for b in 'aeiou' for c in 'lmnr']
-pick = np.random.default_rng(0)
-TEXTS = [' '.join(pick.choice(WORDS[5:], size=int(n))) for n in pick.integers(4, 12, size=40)]
+TEXTS = tiny_texts(40)
 LABELS = [int(t < 'f') for t in TEXTS]
 SENTENCES = [t.split() for t in TEXTS[:12]]
 GOLD = [['B-X'] + ['O']*(len(s) - 1) for s in SENTENCES]
 
 def build(kind, labels, **kwargs):
-    torch.manual_seed(0)
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token='[UNK]'))
-    raw.normalizer, raw.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    special = {f'{n}_token': f'[{n.upper()}]' for n in ('pad', 'unk', 'cls', 'sep', 'mask')}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
-    backbone = BertForMaskedLM(BertConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-                                          max_position_embeddings=32))
-    for p in backbone.parameters():
-        if p.ndim > 1: nn.init.normal_(p, std=.3)
-    made = kind.from_backbone(backbone, label_names=list(labels), tokenizer=tokenizer, check=False, vocabulary='all', initial_words=12,
-                              **dict(classifier_hidden=8) | kwargs)
-    for p in made.head.parameters(): nn.init.normal_(p, std=.5)
-    return made.eval()
+    return tiny_model(kind, tiny_tokenizer(SYLLABLES, marked=False), dict(initializer_range=.3), label_names=list(labels), vocabulary='all',
+                      **dict(classifier_hidden=8, initial_words=12) | kwargs)
 
 @pytest.fixture(params=[8, 0], ids=['mlp', 'linear'])
 def model(request):
@@ -85,7 +71,7 @@ def test_completeness_equals_the_long_way(model):
         assert row.kl == pytest.approx(np.mean(kl), abs=1e-4) and row.accuracy_kept == pytest.approx(np.mean(right)/full)
 
 def test_everything_kept_is_the_model_itself(model):
-    fitter = CompletenessFitter(shares=(1.,), counts=(len(WORDS),)); fitter.update(classified(model), torch.tensor(LABELS))
+    fitter = CompletenessFitter(shares=(1.,), counts=(len(model.tokenizer),)); fitter.update(classified(model), torch.tensor(LABELS))
     found = fitter.fit()
     assert found.agreement.tolist() == [1, 1] and found.kl.tolist() == pytest.approx([0, 0], abs=1e-5) and found.accuracy_kept.tolist() == [1, 1]
 

@@ -24,7 +24,6 @@ CONFIGS = {
     'albert': lambda **k: AlbertConfig(**SMALL, embedding_size=8, **k),
     'electra': lambda **k: ElectraConfig(**SMALL, embedding_size=8, **k),
     'roberta-prelayernorm': lambda **k: RobertaPreLayerNormConfig(**SMALL, pad_token_id=1, **k),
-    'roberta-prelayernorm': lambda **k: RobertaPreLayerNormConfig(**SMALL, pad_token_id=1, **k),
     'mpnet': lambda **k: MPNetConfig(**SMALL, **k),
     'xlm-roberta': lambda **k: XLMRobertaConfig(**SMALL, pad_token_id=1, **k),
     'deberta-v2': lambda **k: DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=['p2c', 'c2p'], legacy=True, **k),

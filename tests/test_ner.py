@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from seqeval.metrics import classification_report
 from seqeval.scheme import IOB2
 from torch import nn
-from transformers import DataCollatorForTokenClassification, BertConfig, BertForMaskedLM, BertTokenizerFast, pipeline
+from transformers import DataCollatorForTokenClassification, pipeline
 
 from lexical_sae.decode import ThresholdFitter
 from lexical_sae.dla import identity_error
@@ -22,6 +22,7 @@ from lexical_sae.grounding import FrozenReference
 from lexical_sae.model import LexicalSAEForTokenClassification
 from lexical_sae.ner import DenseTagger, TaggingTrainer, dense_tag_logits, predict_dense_tags, predict_tags, start_at_prior, tag_batches, tagging_tokenizer, word_batches
 from lexical_sae.tag_explain import TagCircuitFitter, TagGroundingFitter, explain_entities, tag_associations
+from lexical_sae.testing import tiny_bert, tiny_model, tiny_tokenizer
 from lexical_sae.train import LexicalTrainingArguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,21 +30,11 @@ TAGS = ['O', 'B-PER', 'I-PER', 'B-LOC', 'I-LOC']
 WORDS = 'anna lee berlin paris lives works in and at visited film club bank city woman man'.split()
 
 @pytest.fixture
-def tokenizer(tmp_path):
-    vocab = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '##lin', 'ber', *WORDS]
-    (tmp_path/'vocab.txt').write_text('\n'.join(vocab))
-    return BertTokenizerFast(str(tmp_path/'vocab.txt'))
+def tokenizer(): return tiny_tokenizer(['##lin', 'ber', *WORDS], size=0)
 
 def tagger(tokenizer, **kwargs):
-    torch.manual_seed(0)
-    backbone = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-                                          max_position_embeddings=32, hidden_dropout_prob=0., attention_probs_dropout_prob=0.))
-    for p in backbone.parameters():
-        if p.ndim > 1: nn.init.normal_(p, std=.4)
-    model = LexicalSAEForTokenClassification.from_backbone(backbone, label_names=TAGS, tokenizer=tokenizer, check=False,
-                                                           **dict(classifier_hidden=8, vocabulary='all', initial_words=8) | kwargs)
-    for p in model.head.parameters(): nn.init.normal_(p, std=.4)
-    return model
+    return tiny_model(LexicalSAEForTokenClassification, tokenizer, dict(hidden_dropout_prob=0., attention_probs_dropout_prob=0.), label_names=TAGS,
+                      **dict(classifier_hidden=8, vocabulary='all', initial_words=8) | kwargs)
 
 SENTENCES = [['anna', 'lee', 'visited', 'berlin'], ['paris', 'and', 'berlin'], ['man']]
 
@@ -238,14 +229,14 @@ def test_labels_sit_on_first_pieces_of_other_tokenizers(kind, tmp_path):
 
 def test_dense_twin_tags_every_word(tokenizer):
     torch.manual_seed(0)
-    encoder = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=32)).bert
+    encoder = tiny_bert(len(tokenizer)).bert
     twin = DenseTagger(encoder, 5).eval()
     found = predict_dense_tags(twin, tokenizer, SENTENCES, TAGS, 32)
     assert [len(t) for t in found.tags] == [4, 3, 1] and all(.2 <= p <= 1 for s in found.probability for p in s)
 
 def test_dense_twin_teaches_token_by_token(tokenizer, tmp_path):
     torch.manual_seed(0)
-    encoder = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=32)).bert
+    encoder = tiny_bert(len(tokenizer)).bert
     twin = DenseTagger(encoder, 5)
     data = [dict(input_ids=[2, 7, 3], attention_mask=[1]*3, labels=[-100, 1, -100], example_id=0, length=3),
             dict(input_ids=[2, 7, 8, 9, 3], attention_mask=[1]*5, labels=[-100, 1, 2, 0, -100], example_id=1, length=5)]

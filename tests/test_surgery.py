@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 import lexical_sae
 from lexical_sae.activation import GATES, make_gate
@@ -17,23 +15,17 @@ from lexical_sae.dla import ClassifierHead, circuit_state, identity_error
 from lexical_sae.model import LexicalSAE, LexicalSAEForSequenceClassification, LexicalSAEForTokenClassification
 from lexical_sae.discovery import get_top_tokens
 from lexical_sae.surgery import EffectFitter, SuppressedModel, list_forms, select_dims, without
+from lexical_sae.testing import tiny_tokenizer
 from test_families import BOUND, CONFIGS, V, backbone, batch, build
 
 pytestmark = pytest.mark.filterwarnings('ignore:No tokenizer')
 TEXTS = ['the film and the plot', 'films about a gay film', 'a good film', 'bad plot , good films', 'gays in films']
 
-def tokenizer():
-    words = '[PAD] [UNK] [CLS] [SEP] [MASK] a the film films ##film filming gay gays good bad plot and in about ,'.split()
-    vocab = {w: i for i, w in enumerate(words + [f'x{chr(97 + i//9)}{chr(97 + i%9)}' for i in range(V - len(words))])}
-    tok = Tokenizer(models.WordPiece(vocab, unk_token='[UNK]'))
-    tok.normalizer, tok.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    tok.post_processor = processors.TemplateProcessing('[CLS] $A [SEP]', '[CLS] $A [SEP] $B [SEP]', [('[CLS]', 2), ('[SEP]', 3)])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]',
-                                   mask_token='[MASK]')
+WORDS = 'a the film films ##film filming gay gays good bad plot and in about ,'.split()
 
 def reader(cls=LexicalSAEForSequenceClassification, **kwargs):
     "A tiny model with a tokenizer."
-    model = cls.from_backbone(backbone('bert'), num_labels=3, tokenizer=tokenizer(), check=False, init_threshold=.1, vocabulary='all',
+    model = cls.from_backbone(backbone('bert'), num_labels=3, tokenizer=tiny_tokenizer(WORDS, V), check=False, init_threshold=.1, vocabulary='all',
                               classifier_hidden=8, **kwargs)
     for p in model.head.parameters(): nn.init.normal_(p, std=.5)
     return model.eval()

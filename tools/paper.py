@@ -14,10 +14,12 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 # in this order: later experiments read the models of earlier ones
-RUNS = ['demo', 'sst2', 'sst2_20k', 'sst2_20k_seed1', 'sst2_20k_seed2', 'ag_news', 'imdb', 'banking77', 'ablation', 'ablation_seed1', 'ablation_seed2', 'robustness', 'conll2003', *(f'conll2003_4k_{x}' for x in ('seed0', 'seed1', 'seed2', 'free', 'middle', 'tight')),
-        'toxicity', 'toxicity_seed1', 'toxicity_seed2', 'toxicity_classifier', 'faithfulness', 'faithfulness_sst2', 'faithfulness_movies', 'faithfulness_toxicity', 'comparison', 'long_context']
+RUNS = ['demo', 'sst2', 'sst2_20k', 'sst2_20k_seed1', 'sst2_20k_seed2', 'ag_news', 'imdb', 'banking77', 'ablation', 'ablation_seed1', 'ablation_seed2', 'robustness',
+        'conll2003', *(f'conll2003_4k_{x}' for x in ('seed0', 'seed1', 'seed2', 'free', 'middle', 'tight')),
+        'toxicity', 'toxicity_seed1', 'toxicity_seed2', 'toxicity_classifier', 'imdb_6k', 'faithfulness', 'faithfulness_sst2', 'faithfulness_movies', 'faithfulness_toxicity', 'comparison', 'long_context']
 
-READS = {'faithfulness': 'demo', 'faithfulness_sst2': 'sst2', 'faithfulness_movies': 'imdb', 'faithfulness_toxicity': 'toxicity_classifier', 'comparison': 'demo', 'long_context': 'demo'}   # experiment -> the one whose model it reads
+READS = {'faithfulness': 'demo', 'faithfulness_sst2': 'sst2', 'faithfulness_movies': 'imdb_6k', 'faithfulness_toxicity': 'toxicity_classifier',
+         'comparison': 'demo', 'long_context': 'demo'}                                               # experiment -> the one whose model it reads
 
 def state(name: str) -> str:
     "'ready', 'missing', or what makes a committed result stale."
@@ -25,8 +27,10 @@ def state(name: str) -> str:
     path = ROOT/'paper/results'/f'{name}.json'
     if not path.exists(): return 'missing'
     params, found = yaml.safe_load((ROOT/'paper/params'/f'{name}.yaml').read_text()), read_results(path)
-    if name in READS and found['parameters'].get('weights') != read_results(ROOT/'paper/results'/f'{READS[name]}.json')['parameters'].get('trained_weights'):
-        return f'stale (another model of {READS[name]})'
+    if name in READS:
+        reads = ROOT/'paper/results'/f'{READS[name]}.json'
+        if not reads.exists() or found['parameters'].get('weights') != read_results(reads)['parameters'].get('trained_weights'):
+            return f'stale (another model of {READS[name]})'
     known = known_of(found)
     changed = [k for k, v in params.items() if k in known and known[k] != v and not (k.endswith('_samples') and v < 0)]     # below 0: all there are
     changed += [k for k in ('arms', 'more_arms', 'evaluate_tiers') if any(not measured(found, name) for name in params.get(k, ()))]

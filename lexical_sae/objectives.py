@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['band_weight', 'sparsity_loss', 'l1_loss', 'flops_loss', 'strongest_answers', 'answer_change', 'completeness_loss',
            'AttributionCentroidTracker', 'separation_loss', 'LearnedMargin', 'centroid_cosine', 'open_words',
-           'anchor_loss', 'evidence_loss', 'disagreement_loss', 'strongest_rival', 'distillation_loss',
+           'anchor_loss', 'evidence_share', 'agreeing_share', 'evidence_loss', 'strongest_rival', 'distillation_loss',
            'masked_language_loss', 'FeatureFrequencyTracker', 'revival_loss']
 
 # %% ../nbs/02a_objectives.ipynb #616958ba
@@ -178,24 +178,29 @@ def anchor_loss(
     return (excess.sum(-1)/mask.sum(-1).clamp(min=1)).mean()
 
 # %% ../nbs/02a_objectives.ipynb #56ad74f6
-def evidence_loss(
+def evidence_share(
     attribution: Tensor,  # [B,V] parts of the difference between the label's logit and its rival's
     own: Tensor,          # [B,V] bool: words that count as evidence: of the text, or of the reference
-    share: float = .42,   # wanted on them
     bias: Tensor|float = 0.,  # [B] the part that no word carries
-) -> Tensor:              # []
-    "Mean shortfall of the contributions on words that count."
+) -> Tensor:              # [B]
+    "Share of the contributions on words that count."
     size = attribution.abs()
     total = size.sum(-1) + torch.as_tensor(bias).abs()
-    return F.relu(share - (size*own).sum(-1)/total.clamp(min=1e-9)).mean()
+    return (size*own).sum(-1)/total.clamp(min=1e-9)
 
-def disagreement_loss(
+def agreeing_share(
     attribution: Tensor,  # [B,V] parts of the difference between the label's logit and its rival's
     direction: Tensor,    # [B,V] how much more the word's own occurrences point to the label than to its rival; 0: unknown
-    share: float = .95,   # wanted on words that agree, of those that are known
-) -> Tensor:              # []
-    "Mean shortfall of the contributions on words that speak for the class in whose texts they occur."
-    return evidence_loss(attribution*(direction != 0), attribution.sign() == direction.sign(), share)
+) -> Tensor:              # [B]
+    "Share of the contributions, of those that are known, on words that speak for the class in whose texts they occur."
+    return evidence_share(attribution*(direction != 0), attribution.sign() == direction.sign())
+
+def evidence_loss(
+    share: Tensor,   # [B]
+    wanted: float,   # by every text
+) -> Tensor:         # []
+    "Mean shortfall of the texts; one that has what is wanted is silent."
+    return F.relu(wanted - share).mean()
 
 def strongest_rival(logits: Tensor, labels: Tensor) -> Tensor:           # [B,C], [B] -> [B]
     "The best class that is not the label."

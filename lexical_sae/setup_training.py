@@ -146,7 +146,7 @@ class Trained:
     def curves(self) -> dict[str, list]:
         "What was logged, by step; None where a term was not on yet."
         log = [h for h in self.trainer.state.log_history if 'ce' in h]
-        keys = ('step', 'ce', 'tau', 'lambda', 'active', 'anchor', 'theta', 'dead')
+        keys = ('step', 'ce', 'tau', 'lambda', 'active', 'anchor', 'theta', 'dead', 'reference_share', 'input_share', 'association_agreement')
         return {k: [h.get(k) for h in log] for k in keys if any(k in h for h in log)}
 
 def common_arguments(setup: Setup) -> dict:

@@ -24,9 +24,9 @@ from .geco import GECOController, tau_from_accuracy
 from .grounding import FrozenReference, WordAssociations
 from .level import LevelController, set_dropout
 from .model import LexicalSAEForSequenceClassification
-from .objectives import (AttributionCentroidTracker, FeatureFrequencyTracker, LearnedMargin, anchor_loss, band_weight,
-                                    centroid_cosine, completeness_loss, disagreement_loss, distillation_loss, evidence_loss, flops_loss, l1_loss, masked_language_loss, open_words, revival_loss,
-                                    separation_loss, sparsity_loss, strongest_answers, strongest_rival)
+from .objectives import (AttributionCentroidTracker, FeatureFrequencyTracker, LearnedMargin, agreeing_share, anchor_loss, band_weight,
+                                    centroid_cosine, completeness_loss, distillation_loss, evidence_loss, evidence_share, flops_loss, l1_loss,
+                                    masked_language_loss, open_words, revival_loss, separation_loss, sparsity_loss, strongest_answers, strongest_rival)
 from .optimisation import build_optimizer, centralize_gradients, evaluation_mode, parameter_groups
 from .targets import class_weights, is_multilabel
 from .watch import ConstrainedStopping, ProgressLines, ReferenceCache, ValidationFitter, constrained_score
@@ -298,12 +298,15 @@ def _evidence(self: LexicalTrainer, state, inputs, opened=None):
     bias = (state.b_eff - always).gather(1, torch.stack([label, rival], 1))
     own = none.scatter(1, inputs['input_ids'], True)
     if self._net.senses is not None: own = own[:, self._net.base_ids]                   # every sense of a word that stands there
-    loss = evidence_loss(part, own, args.evidence_share, bias[:, 0] - bias[:, 1])
-    if self.direction is not None: loss = loss + disagreement_loss(part, self.direction[label] - self.direction[rival], args.association_share)
-    if opened is None or not args.reference_share: return loss
-    ids, z0 = opened[0], opened[-1]
-    there = z0.gather(2, state.position.gather(1, ids).long()[..., None])[..., 0]                             # [B,K] at the word's own position
-    return loss + evidence_loss(part, none.scatter(1, ids, there > self.start_theta), args.reference_share)
+    found = dict(input_share=(evidence_share(part, own, bias[:, 0] - bias[:, 1]), args.evidence_share))
+    if self.direction is not None:
+        found['association_agreement'] = agreeing_share(part, self.direction[label] - self.direction[rival]), args.association_share
+    if opened is not None and args.reference_share:
+        ids, z0 = opened[0], opened[-1]
+        there = z0.gather(2, state.position.gather(1, ids).long()[..., None])[..., 0]                         # [B,K] at the word's own position
+        found['reference_share'] = evidence_share(part, none.scatter(1, ids, there > self.start_theta)), args.reference_share
+    for name, (share, _) in found.items(): self.terms.setdefault(name, []).append(share.detach().mean().item())
+    return sum(evidence_loss(share, wanted) for share, wanted in found.values())
 
 # %% ../nbs/02c_train.ipynb #5adfb922
 @patch

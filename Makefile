@@ -10,6 +10,9 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false H
 export THP_MEM_ALLOC_ENABLE = 1
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 
+# read by the tools themselves: as words of a command line, braces and blanks in it would be the shell's
+run paper: export SET := $(SET)
+
 .PHONY: help demo run test test-slow paper docs readme book edit bench clean
 .DEFAULT_GOAL := help
 
@@ -27,8 +30,7 @@ demo: ## train on movie reviews with the offline backbone, explain, report
 	@$(MAKE) --no-print-directory run PARAMS=paper/params/demo.yaml
 
 run: .venv/ready ## run one experiment: make run PARAMS=paper/params/NAME.yaml [SET='source=data/sst2 seed=1']
-	@echo "== experiment $(PARAMS) $(SET)"
-	@$(BIN)/python tools/run_experiment.py $(PARAMS) $(SET)
+	@$(BIN)/python tools/run_experiment.py $(PARAMS)
 
 test: .venv/ready ## sync check, notebooks, pytest
 	@echo "== 1/3 sync: notebooks and modules agree"
@@ -44,8 +46,8 @@ test-slow: test ## also what takes minutes
 	@echo "== slow tests"
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q -m slow
 
-paper: .venv/ready ## figures and tables from paper/results; runs what is missing (tools/paper.py --list says what)
-	@$(BIN)/python tools/paper.py $(SET)
+paper: .venv/ready ## figures and tables from paper/results; runs what is missing (tools/paper.py --list says what) [SET='data=FOLDER']
+	@$(BIN)/python tools/paper.py
 
 docs: .venv/ready readme ## build the site into _docs
 	@if command -v quarto >/dev/null; then $(BIN)/nbdev_docs; else echo "Quarto is not installed: pandoc preview"; $(BIN)/python tools/docs_preview.py; fi
@@ -60,7 +62,8 @@ book: .venv/ready ## execute all chapters in place, clean, export
 edit: .venv/ready ## pair every chapter with a text file in .nbpy
 	@$(BIN)/jupytext --sync nbs/*.ipynb
 
-bench: .venv/ready ## time and memory of the decode and of a tagging step, time of a training step
+bench: export OMP_NUM_THREADS = 1
+bench: .venv/ready ## time and memory of the decode and of a tagging step, time of a training step; one thread
 	@for d in float32 bfloat16; do for g in sparse dense; do for p in tiled naive; do PYTHONPATH=. $(BIN)/python tools/bench_decode.py $$p $$g $$d; done; done; done
 	@mkdir -p paper/bench; keep() { "$${@:2}" > "$$1.part" && mv "$$1.part" "$$1" && cat "$$1"; }; export PYTHONPATH=.; \
 	for w in 400 50; do keep paper/bench/step_offline_$$w.json $(BIN)/python tools/bench_step.py offline native $$w; done; \

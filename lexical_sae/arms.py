@@ -100,6 +100,8 @@ def run_arm(
         found = read_results(out)
         changed = sorted(k for k, v in parameters.items() if found['parameters'].get(k) != plain(v))
         if changed: raise ValueError(f"{out.name} was run with another {changed[0]}: choose another output_dir, or remove its folder.")
+        untested = [task for task in elsewhere or {} if not (out/f'right_{task}.json').exists()]
+        if untested: raise ValueError(f"{out.name} was not tested on {untested[0]}: remove its folder, and it is run again with it.")
         return found
     if dense:
         setup, curves = set_up(config), {}

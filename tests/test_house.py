@@ -99,15 +99,42 @@ def test_paper_trains_the_model_that_an_experiment_reads(tmp_path, monkeypatch):
     "Once; and what was typed for the data goes along."
     paper, ran = tool('paper'), []
     shutil.copytree(ROOT/'paper', tmp_path/'paper'); monkeypatch.setattr(paper, 'ROOT', tmp_path)
-    def pretend(command, cwd):
+    def pretend(command, cwd, env):
         name = Path(command[2]).stem
         if name == 'long_context': return SimpleNamespace(returncode=1)
         (tmp_path/f'runs/{name}/model').mkdir(parents=True, exist_ok=True); shutil.copy(ROOT/f'paper/results/{name}.json', tmp_path/f'runs/{name}/results.json')
         ran.append((name, *command[3:])); return SimpleNamespace(returncode=0)
     monkeypatch.setattr(paper.subprocess, 'run', pretend)
-    for _ in range(2): paper.run('faithfulness', ('source=here',))
-    assert ran == [('demo', 'source=here'), ('faithfulness', 'source=here'), ('faithfulness', 'source=here')]
-    with pytest.raises(SystemExit, match='long_context stopped'): paper.run('long_context')
+    for _ in range(2): paper.run('faithfulness', dict(demo=['source=here'], faithfulness=['seed=1']))
+    assert ran == [('demo', 'source=here'), ('faithfulness', 'seed=1'), ('faithfulness', 'seed=1')]
+    with pytest.raises(SystemExit, match='long_context stopped'): paper.run('long_context', {})
+
+def test_paper_changes_one_experiment_or_reads_a_folder_of_data(tmp_path):
+    paper = tool('paper')
+    asked = paper.asked_of(['sst2:source=here', 'sst2:seed=1', f'data={tmp_path}'])
+    assert asked == dict(sst2=['source=here', 'seed=1'], data=tmp_path.resolve())
+    for change in ('source=here', 'no_such:source=here'):
+        with pytest.raises(SystemExit, match='does not say which experiment'): paper.asked_of([change])
+    (tmp_path/'sst2').mkdir(); (tmp_path/'yelp').mkdir()
+    assert paper.from_folder('ag_news', tmp_path) == [] and paper.from_folder('sst2', None) == []
+    own, away = paper.from_folder('sst2_20k', tmp_path)
+    assert own == f'source={tmp_path}/sst2' and json.loads(away.partition('=')[2]) == dict(yelp=f'{tmp_path}/yelp', imdb='hub')
+
+def test_several_datasets_are_run_as_each_is_alone():
+    "K, length and epochs of `multi_dataset` are those of the datasets' own parameter files."
+    one, ns = {f.stem: yaml.safe_load(f.read_text()) for f in PARAMS}, {}
+    exec(next(''.join(c['source']) for c in cells(ROOT/'nbs/experiments/multi_dataset.ipynb') if 'active_targets =' in ''.join(c['source'])), ns)
+    exec(next(''.join(c['source']) for c in cells(ROOT/'nbs/experiments/classification.ipynb') if 'active_target =' in ''.join(c['source'])), default := {})
+    for name in ns['active_targets']:
+        alone = default | one[name]
+        assert (ns['active_targets'][name], ns['max_lengths'][name], ns['epochs'][name]) == (alone['active_target'], alone['max_length'], alone['num_train_epochs'])
+
+def test_changes_keep_their_blanks_braces_and_numbers():
+    run = tool('run_experiment')
+    changes = run.split_changes(' source=data/sst2 arms=[dense, no anchor]  elsewhere={"yelp": "data/yelp"} learning_rate=1e-4 ')
+    assert run.with_numbers(run.overridden({}, changes)) == dict(source='data/sst2', arms=['dense', 'no anchor'], elsewhere={'yelp': 'data/yelp'}, learning_rate=1e-4)
+    assert run.split_changes('') == []
+    assert run.with_numbers(dict(training=dict(a='2e-3', b='e-3', c=['1.5e3']))) == dict(training=dict(a=.002, b='e-3', c=[1500.]))
 
 @pytest.mark.slow
 def test_figures_are_drawn_from_the_committed_results():
@@ -162,9 +189,10 @@ def test_an_experiment_runs_from_its_parameter_file(tmp_path):
     assert out.strip().splitlines()[-1].startswith('report ') and '<html' in (folder/'report.html').read_text()
     assert (folder/'model/model.safetensors').exists()
 
-@pytest.mark.parametrize('argument, sentence', [('missing.yaml', 'No parameter file')])
-def test_missing_parameter_file_is_one_sentence(argument, sentence):
-    run = subprocess.run([sys.executable, ROOT/'tools/run_experiment.py', argument], capture_output=True, text=True)
+@pytest.mark.parametrize('arguments, sentence', [(['missing.yaml'], 'No parameter file'), (['paper/params/demo.yaml', 'num_epochs=1'], "did you mean 'num_train_epochs'?"),
+                                                 (['paper/params/demo.yaml', 'seed'], 'is not NAME=VALUE')])
+def test_a_wrong_call_is_answered_with_one_sentence(arguments, sentence):
+    run = subprocess.run([sys.executable, ROOT/'tools/run_experiment.py', *arguments], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode and sentence in run.stderr and 'Traceback' not in run.stderr
 
 def test_a_recorded_command_names_no_folder_of_one_machine():

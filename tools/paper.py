@@ -1,9 +1,11 @@
 """Make the figures and tables of the paper: run what is missing or stale, then paper/figures.ipynb.
 
-paper.py          runs, then draws; NAME=VALUE, such as source=data/sst2, goes to each experiment that is run
+paper.py          runs, then draws. EXPERIMENT:NAME=VALUE, such as sst2:source=data/sst2, changes one experiment; data=FOLDER reads every data set
+                  of which FOLDER has a folder from there. The variable SET may hold them too.
 paper.py --list   says what it would run
 paper.py --draw   draws from the results that are there
 """
+import json
 import os
 import shutil
 import subprocess
@@ -13,12 +15,14 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'tools'))
+from run_experiment import split_changes                                 # noqa: E402
 # in this order: later experiments read the models of earlier ones
 RUNS = ['demo', 'sst2', 'sst2_20k', 'sst2_20k_seed1', 'sst2_20k_seed2', 'ag_news', 'imdb', 'banking77', 'ablation', 'ablation_seed1', 'ablation_seed2', 'robustness',
         'conll2003', *(f'conll2003_4k_{x}' for x in ('seed0', 'seed1', 'seed2', 'free', 'middle', 'tight')),
         'toxicity', 'toxicity_seed1', 'toxicity_seed2', 'toxicity_classifier', 'faithfulness', 'faithfulness_sst2', 'faithfulness_movies', 'faithfulness_toxicity', 'comparison', 'long_context']
 
-READS = {'faithfulness': 'demo', 'faithfulness_sst2': 'sst2', 'faithfulness_movies': 'faithfulness_toxicity': 'toxicity_classifier',
+READS = {'faithfulness': 'demo', 'faithfulness_sst2': 'sst2', 'faithfulness_movies': 'sst2', 'faithfulness_toxicity': 'toxicity_classifier',
          'comparison': 'demo', 'long_context': 'demo'}                                               # experiment -> the one whose model it reads
 
 def state(name: str) -> str:
@@ -54,13 +58,32 @@ def has_model(name: str) -> bool:
     weights = lambda path: read_results(path)['parameters'].get('trained_weights')
     return kept.exists() and (own/'model').is_dir() and (own/'results.json').exists() and weights(own) == weights(kept)
 
-def run(name: str, changes: tuple = ()):
+def asked_of(changes: list) -> dict:
+    "Changes by experiment; the folder of all data under `data`. Those of one experiment would be wrong for another, so each says whose it is."
+    found = {}
+    for change in changes:
+        whose, value = change.split('=', 1)
+        name, _, key = whose.partition(':')
+        if whose == 'data': found['data'] = Path(value).resolve(); continue
+        if name not in RUNS or not key: sys.exit(f"'{change}' does not say which experiment it changes: write, for example, sst2:{whose.rpartition(':')[2]}={value}, or data=FOLDER.")
+        found.setdefault(name, []).append(f'{key}={value}')
+    return found
+
+def from_folder(name: str, root: Path|None) -> list:
+    "Where an experiment's data sets are, of which `root` has a folder."
+    if root is None: return []
+    params = yaml.safe_load((ROOT/'paper/params'/f'{name}.yaml').read_text())
+    own, away = root/params.get('dataset_name', ''), params.get('elsewhere', {})
+    away = {task: str(root/task) if (root/task).is_dir() else source for task, source in away.items()}
+    return ([f'source={own}'] if 'dataset_name' in params and own.is_dir() else []) + ([f'elsewhere={json.dumps(away)}'] if away else [])
+
+def run(name: str, asked: dict):
     "One experiment, after the one whose model it reads; its results are committed under its name."
-    if name in READS and not has_model(READS[name]): run(READS[name], changes)
-    done = subprocess.run([sys.executable, str(ROOT/'tools/run_experiment.py'), f'paper/params/{name}.yaml', *changes], cwd=ROOT)
+    if name in READS and not has_model(READS[name]): run(READS[name], asked)
+    changes = from_folder(name, asked.get('data')) + asked.get(name, [])
+    done = subprocess.run([sys.executable, str(ROOT/'tools/run_experiment.py'), f'paper/params/{name}.yaml', *changes], cwd=ROOT, env={k: v for k, v in os.environ.items() if k != 'SET'})
     if done.returncode:
-        sys.exit(f"{name} stopped, for the reason above. Run it by hand (make run PARAMS=paper/params/{name}.yaml SET='source=FOLDER' where its data lie in a folder), "
-                 f"copy runs/{name}/results.json to paper/results/{name}.json, then go on with make paper.")
+        sys.exit(f"{name} stopped, for the reason above. Where its data lie in a folder, say so: make paper SET='{name}:source=FOLDER'.")
     shutil.copy(ROOT/'runs'/name/'results.json', ROOT/'paper/results'/f'{name}.json')
 
 def draw():
@@ -71,13 +94,14 @@ def draw():
     pm.execute_notebook(str(ROOT/'paper/figures.ipynb'), str(ROOT/'runs/figures.ipynb'), kernel_name='python3', cwd=str(ROOT), progress_bar=False, log_output=False, stdout_file=sys.stdout)
 
 def main(*args):
-    changes = tuple(a for a in args if '=' in a)
-    if wrong := set(args) - {'--list', '--draw', *changes}: sys.exit(f"Unknown option {sorted(wrong)[0]}: use --list, --draw, NAME=VALUE, or nothing.")
+    changes = [a for a in args if '=' in a]
+    if wrong := set(args) - {'--list', '--draw', *changes}: sys.exit(f"Unknown option {sorted(wrong)[0]}: use --list, --draw, EXPERIMENT:NAME=VALUE, data=FOLDER, or nothing.")
+    asked = asked_of(changes)
     os.chdir(ROOT)
     for name in RUNS:
         now = state(name)
         print(f'{name:16} {now}', flush=True)
-        if not set(args) & {'--list', '--draw'} and now != 'ready': run(name, changes)
+        if not set(args) & {'--list', '--draw'} and now != 'ready': run(name, asked)
     if '--list' not in args: draw()
 
-if __name__ == '__main__': main(*sys.argv[1:])
+if __name__ == '__main__': main(*(sys.argv[1:] or split_changes(os.environ.get('SET', ''))))

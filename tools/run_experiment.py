@@ -1,4 +1,5 @@
-"Run one experiment notebook from a parameter file with papermill: run_experiment.py paper/params/NAME.yaml [NAME=VALUE ...]"
+"Run one experiment notebook from a parameter file with papermill: run_experiment.py paper/params/NAME.yaml [NAME=VALUE ...], or the changes in the variable SET."
+import difflib
 import os
 import re
 import sys
@@ -17,6 +18,24 @@ def overridden(params, changes):
         params[name] = yaml.safe_load(value)
     return params
 
+def split_changes(text):
+    "NAME=VALUE NAME=VALUE, where values may have blanks: arms=[dense, no anchor] seed=1."
+    return [change for change in re.split(r'\s+(?=[\w:]+=)', text.strip()) if change]
+
+def with_numbers(value):
+    "YAML reads 1e-4 as text; nobody means that."
+    if isinstance(value, dict): return {k: with_numbers(v) for k, v in value.items()}
+    if isinstance(value, list): return [with_numbers(v) for v in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r'[-+]?\d+(\.\d*)?e[-+]?\d+', value) else value
+
+def check_names(params, notebook):
+    "papermill would take a mistyped name and run with the default."
+    known = pm.inspect_notebook(str(notebook))
+    for name in params:
+        if name in known: continue
+        close = difflib.get_close_matches(name, known, 1)
+        sys.exit(f"The experiment {notebook.stem} has no parameter '{name}': " + (f"did you mean '{close[0]}'?" if close else f"choose one of {', '.join(known)}."))
+
 def typed(changes):
     "What was typed, without the folders of one machine."
     return ' '.join(re.sub(r'(?<![\w.])/[^\s,:"\'}\]]+', 'FOLDER', change) for change in changes)
@@ -24,9 +43,12 @@ def typed(changes):
 def main(params_file, *changes):
     path = Path(params_file)
     if not path.is_file(): sys.exit(f"No parameter file {path}: choose one of {', '.join(sorted(p.stem for p in (ROOT/'paper/params').glob('*.yaml')))}.")
-    params = overridden(yaml.safe_load(path.read_text()), changes)
+    params = with_numbers(overridden(yaml.safe_load(path.read_text()), changes))
     notebook = ROOT/'nbs/experiments'/f"{params.pop('notebook', 'classification')}.ipynb"
+    check_names(params, notebook)
+    if 'experiment_name' not in params: sys.exit(f"{path} has no experiment_name: give it one, its results are kept under that name.")
     os.chdir(ROOT)
+    print(f"== experiment {params['experiment_name']}", *changes, flush=True)
     params.setdefault('command', f'make run PARAMS={params_file}' + (f" SET='{typed(changes)}'" if changes else ''))
     out = Path(params.get('output_dir', 'runs'))/params['experiment_name']
     out.mkdir(parents=True, exist_ok=True)
@@ -46,4 +68,4 @@ def summary(out, notebook):
     print(f"results    {out/'results.json'}\nnotebook   {out/notebook.name}", *headline(read_results(out)), sep='\n')
     if (out/'report.html').exists(): print(f"report {(out/'report.html')}")
 
-if __name__ == '__main__': main(*sys.argv[1:])
+if __name__ == '__main__': main(sys.argv[1], *(sys.argv[2:] or split_changes(os.environ.get('SET', ''))))

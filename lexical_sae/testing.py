@@ -7,6 +7,8 @@ __all__ = ['SPECIAL', 'FILM_WORDS', 'SYLLABLES', 'tiny_tokenizer', 'tiny_bert', 
 
 # %% ../nbs/00f_testing.ipynb #619dc921
 from collections.abc import Sequence
+from itertools import count, islice, product
+from string import ascii_lowercase
 
 import numpy as np
 import torch
@@ -26,7 +28,8 @@ def tiny_tokenizer(
     "A WordPiece tokenizer of these words; the five special tokens come first."
     vocab = [*SPECIAL, *words]
     if len(set(vocab)) < len(vocab): raise ValueError("A word occurs twice: give each of `words` once, without the special tokens.")
-    vocab += [f'word{chr(97 + i//9)}{chr(97 + i%9)}' for i in range(size - len(vocab))]
+    made_up = (w for n in count(2) for letters in product(ascii_lowercase, repeat=n) if (w := 'word' + ''.join(letters)) not in words)
+    vocab += islice(made_up, max(0, size - len(vocab)))
     raw = Tokenizer(models.WordPiece({w: i for i, w in enumerate(vocab)}, unk_token='[UNK]'))
     raw.normalizer, raw.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     if marked: raw.post_processor = processors.TemplateProcessing('[CLS] $A [SEP]', '[CLS] $A [SEP] $B [SEP]', [('[CLS]', 2), ('[SEP]', 3)])

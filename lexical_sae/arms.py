@@ -8,7 +8,6 @@ __all__ = ['measure_trained', 'measure_elsewhere', 'train_dense', 'run_arm', 'ar
 # %% ../nbs/02cb_arms.ipynb #c4638ea3
 import json
 import shutil
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from sklearn.metrics import f1_score
 
 from .data import class_names_of, data_record, has_several_labels, load_task, tokenize_texts
 from .dense import DenseClassifier, predict_dense
-from .grounding import measure_grounding
+from .grounding import lexicon_class, measure_grounding
 from .results import atomic_write, paired_bootstrap, plain, read_results, write_results
 from .setup_training import Setup, Trained, TrainingConfig, fit_dense, set_up, setup_and_train
 from .targets import right_answers
@@ -32,9 +31,7 @@ def measure_trained(
 ) -> tuple[dict, list]:                # metrics; for each test text whether it was right
     "Accuracy, sparsity, exactness and grounding on the test texts."
     setup, model = trained.setup, trained.model
-    positive = setup.names.index(positive_class) if positive_class in setup.names else None
-    if positive_class is not None and positive is None:
-        warnings.warn(f"lexicon_agreement is left out: '{positive_class}' is none of the classes {', '.join(setup.names)}; name one as positive_class.")
+    positive = lexicon_class(setup.names, positive_class)
     found = measure_grounding(model, setup.data['test']['text'][:], setup.tokens['test']['labels'][:], setup.reference.cpu(), setup.associations, positive,
                               max_length=setup.max_length)
     metrics, right = _judge(setup, _LogitsOnly(model))

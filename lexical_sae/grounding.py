@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['TOP', 'FrozenReference', 'centred_logit', 'centred_contributions', 'WordAssociations', 'dimension_words',
-           'sentiment_lexicon', 'Grounding', 'said_by_reference', 'GroundingFitter', 'measure_grounding']
+           'sentiment_lexicon', 'lexicon_class', 'Grounding', 'said_by_reference', 'GroundingFitter',
+           'measure_grounding']
 
 # %% ../nbs/01c_grounding.ipynb #b26dd5cf
 import copy
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,6 +132,16 @@ def sentiment_lexicon() -> dict[str, float]:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     return SentimentIntensityAnalyzer().lexicon
 
+def lexicon_class(
+    names: Sequence[str],         # of the classes
+    positive_class: str|None,     # the class that a positive entry speaks for; None: no sentiment
+) -> int|None:
+    "The id of that class; a name that is none of the classes leaves the lexicon out, with a warning."
+    if positive_class in names: return list(names).index(positive_class)
+    if positive_class is not None:
+        warnings.warn(f"lexicon_agreement is left out: '{positive_class}' is none of the classes {', '.join(names)}; name one as positive_class, or none.")
+
+# %% ../nbs/01c_grounding.ipynb #a5679dde
 @dataclass(frozen=True)
 class Grounding:
     "Do the words mean what they say? Shares of the contribution on a set of texts."

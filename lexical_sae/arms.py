@@ -21,7 +21,7 @@ from .data import class_names_of, data_record, has_several_labels, load_task, to
 from .dense import DenseClassifier, predict_dense
 from .grounding import lexicon_class, measure_grounding
 from .results import atomic_write, paired_bootstrap, plain, read_results, write_results
-from .setup_training import Setup, Trained, TrainingConfig, fit_dense, set_up, setup_and_train
+from .setup_training import Setup, Trained, TrainingConfig, fit_dense, set_up, setup_and_train, training_defaults
 from .targets import right_answers
 
 # %% ../nbs/02cb_arms.ipynb #13a922d9
@@ -92,10 +92,11 @@ def run_arm(
     elsewhere: dict[str, str]|None = None,  # other tasks on which the arm is tested too: see `measure_elsewhere`
 ) -> dict:                             # the results; ValueError if the folder holds an arm with another config
     "Train, measure and write one arm, unless its results are there already."
-    out, parameters = Path(config.output_dir), {k: v for k, v in asdict(config).items() if k not in ('output_dir', 'source', 'twin')} | {'dense_alone': dense}
+    out, parameters = Path(config.output_dir), {k: v for k, v in asdict(config).items() if k not in ('output_dir', 'source', 'twin')} | {'dense_alone': dense, 'defaults': training_defaults()}
     if (out/'results.json').exists():
         found = read_results(out)
-        changed = sorted(k for k, v in parameters.items() if found['parameters'].get(k) != plain(v))
+        known = {'defaults': plain(parameters['defaults'])} | found['parameters']      # earlier versions did not note them
+        changed = sorted(k for k, v in parameters.items() if known.get(k) != plain(v))
         if changed: raise ValueError(f"{out.name} was run with another {changed[0]}: choose another output_dir, or remove its folder.")
         untested = [task for task in elsewhere or {} if not (out/f'right_{task}.json').exists()]
         if untested: raise ValueError(f"{out.name} was not tested on {untested[0]}: remove its folder, and it is run again with it.")

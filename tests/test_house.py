@@ -95,6 +95,16 @@ def test_paper_misses_what_a_result_does_not_hold(tmp_path, monkeypatch, name, o
     file.write_text(text.replace(old, new, 1))
     assert changed in paper.state(name) and changed not in before
 
+def test_paper_sees_that_a_default_has_changed(tmp_path, monkeypatch):
+    from lexical_sae.setup_training import training_defaults
+    paper = tool('paper')
+    shutil.copytree(ROOT/'paper', tmp_path/'paper'); monkeypatch.setattr(paper, 'ROOT', tmp_path)
+    file = tmp_path/'paper/results/demo.json'; found = json.loads(file.read_text())
+    assert paper.state('demo') == 'ready'                                   # made before defaults were noted: nothing to compare
+    for defaults, state in ((training_defaults(), 'ready'), (training_defaults() | dict(evidence_share=.1), 'stale (evidence_share changed)')):
+        found['parameters']['defaults'] = defaults; file.write_text(json.dumps(found))
+        assert paper.state('demo') == state
+
 def test_paper_trains_the_model_that_an_experiment_reads(tmp_path, monkeypatch):
     "Once; and what was typed for the data goes along."
     paper, ran = tool('paper'), []

@@ -28,6 +28,7 @@ READS = {'faithfulness': 'demo', 'faithfulness_sst2': 'sst2', 'faithfulness_movi
 def state(name: str) -> str:
     "'ready', 'missing', or what makes a committed result stale."
     from lexical_sae.results import read_results
+    from lexical_sae.setup_training import training_defaults
     path = ROOT/'paper/results'/f'{name}.json'
     if not path.exists(): return 'missing'
     params, found = yaml.safe_load((ROOT/'paper/params'/f'{name}.yaml').read_text()), read_results(path)
@@ -37,6 +38,7 @@ def state(name: str) -> str:
             return f'stale (another model of {READS[name]})'
     known = known_of(found)
     changed = [k for k, v in params.items() if k in known and known[k] != v and not (k.endswith('_samples') and v < 0)]     # below 0: all there are
+    if 'defaults' in found['parameters']: changed += [k for k, v in training_defaults().items() if found['parameters']['defaults'].get(k) != v]
     changed += [k for k in ('arms', 'more_arms', 'evaluate_tiers') if any(not measured(found, name) for name in params.get(k, ()))]
     if 'words' in found['metrics'] and 'seconds_together' not in found['metrics']['words']['dla']: changed.append('measured costs')
     return f'stale ({", ".join(changed)} changed)' if changed else 'ready'

@@ -28,7 +28,7 @@ from .data import automatic_max_length, class_names_of, fingerprint, has_several
 from .decode import Threshold
 from .dense import DenseClassifier, DenseTrainer, predict_dense
 from .grounding import FrozenReference, WordAssociations
-from .head_start import start_head, unfold_head
+from .head_start import ALPHAS, start_head, unfold_head
 from .level import set_dropout
 from .model import LexicalSAEForSequenceClassification
 from .optimisation import automatic_batch_size, learning_rate_range_test
@@ -153,7 +153,7 @@ class Trained:
 def training_defaults() -> dict:
     "What a result depends on beside its parameters: every knob of the method and of the recipe where nothing is asked for."
     plain = {f.name for f in fields(TrainingArguments)}
-    return {f.name: f.default for f in fields(LexicalTrainingArguments) if f.name not in plain} | RECIPE | OURS
+    return {f.name: f.default for f in fields(LexicalTrainingArguments) if f.name not in plain} | RECIPE | OURS | dict(head_start_penalties=list(ALPHAS))
 
 def common_arguments(setup: Setup) -> dict:
     "What both trainers, ours and the dense twin's, are given."

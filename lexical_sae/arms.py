@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import DatasetDict
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, roc_auc_score
 
 from .data import class_names_of, data_record, has_several_labels, load_task, tokenize_texts
 from .dense import DenseClassifier, predict_dense
@@ -38,10 +38,13 @@ def measure_trained(
     return found.to_dict() | metrics | dict(step_seconds=trained.step_seconds), right
 
 def _judge(setup, judged) -> tuple[dict, list]:
-    "Accuracy on the test texts (of yes and no: of all answers, and F1), and for each text the share of right answers."
+    "Accuracy on the test texts (of yes and no: of all answers, and F1), how often each class is the answer, and for each text the share of right answers."
     logits, test = predict_dense(judged, setup.tokens['test'], setup.collator), setup.tokens['test']
     right = _answers(logits, test, setup.multilabel)
     metrics = dict(accuracy=float(np.mean(right)))
+    if not setup.multilabel:
+        metrics['answered'] = {name: float((logits.argmax(-1) == c).float().mean()) for c, name in enumerate(setup.names)}
+        if len(setup.names) == 2 and len(set(gold := test['labels'][:])) == 2: metrics['auc'] = float(roc_auc_score(gold, logits[:, 1] - logits[:, 0]))
     for kind in ('micro', 'macro') if setup.multilabel else ():
         metrics[f'f1_{kind}'] = float(f1_score(np.array(test['labels'][:]) > .5, (logits > 0).numpy(), average=kind, zero_division=0))
     return metrics, right
@@ -125,7 +128,7 @@ def arms_table(
 ) -> pd.DataFrame:                  # one row an arm; the interval of the difference is a paired bootstrap's
     "What arms reached, from their results."
     done = {name: Path(f) for name, f in folders.items() if (Path(f)/'results.json').exists()}
-    columns = ('accuracy', 'active_dims', 'reference_share', 'input_share', 'association_agreement', 'lexicon_agreement', 'identity_error',
+    columns = ('accuracy', 'auc', 'active_dims', 'reference_share', 'input_share', 'association_agreement', 'lexicon_agreement', 'identity_error',
         'words_ever_active', 'step_seconds')
     rows = {}
     for name, folder in done.items():

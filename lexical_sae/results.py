@@ -65,6 +65,7 @@ SCHEMA = {  # key: (JSON type, meaning)
 }
 METRICS = {  # the same name means the same thing in every file
     'accuracy': 'share of held-out texts classified correctly',
+    'auc': 'of two classes, the area under the ROC curve: how well texts are ordered, wherever the line between the classes is drawn',
     'entity_f1': 'F1 over whole entities (tagging)',
     'active_dims': 'mean number of open words of a text (of a position, when tagging)',
     'sparsity': 'share of the vocabulary that is closed, mean over texts',

@@ -22,7 +22,7 @@ RUNS = ['demo', 'sst2', 'sst2_20k', 'sst2_20k_seed1', 'sst2_20k_seed2', 'ag_news
         'conll2003', *(f'conll2003_4k_{x}' for x in ('seed0', 'seed1', 'seed2', 'free', 'middle', 'tight')),
         'toxicity', 'toxicity_seed1', 'toxicity_seed2', 'toxicity_classifier', 'faithfulness', 'faithfulness_sst2', 'faithfulness_movies', 'faithfulness_toxicity', 'comparison', 'long_context']
 
-READS = {'faithfulness': 'demo', 'faithfulness_sst2': 'sst2', 'faithfulness_movies': 'sst2', 'faithfulness_toxicity': 'toxicity_classifier',
+READS = {'faithfulness': 'demo', 'faithfulness_sst2': 'sst2', 'faithfulness_movies': 'demo', 'faithfulness_toxicity': 'toxicity_classifier',
          'comparison': 'demo', 'long_context': 'demo'}                                               # experiment -> the one whose model it reads
 
 def state(name: str) -> str:

@@ -101,7 +101,7 @@ def _strata(dataset: Dataset) -> list[int]:
 
 def stratified_indices(
     dataset: Dataset,    # text+label, or tokens+tags (stratified by whether a sentence has an entity)
-    n: int,              # how many rows
+    n: int,              # how many rows; where there are fewer, all
     seed: int|str = 0,   # another seed, another sample
 ) -> list[int]:          # rows in ascending order; the same for any order of the same file
     "Draw rows class by class in the order of a hash of their texts."

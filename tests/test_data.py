@@ -30,6 +30,10 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token='[UNK]', pad_token='[PAD]', cls_token='[CLS]', sep_token='[SEP]')
 
 
+def test_a_sample_of_more_rows_than_there_are_is_all_of_them():
+    assert stratified_indices(Dataset.from_list(ROWS), 10*len(ROWS)) == list(range(len(ROWS)))
+
+
 def write(path, rows=ROWS):
     "Rows in the format that the suffix names."
     path.parent.mkdir(parents=True, exist_ok=True)

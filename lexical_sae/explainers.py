@@ -216,6 +216,11 @@ def plot_cost(
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(5.5, 3))[1]
     ax.scatter(table.seconds, table[quality], color='#2166ac')
-    for name, row in table.iterrows(): ax.annotate(name.replace('_', ' '), (row.seconds, row[quality]), xytext=(4, 4), textcoords='offset points', fontsize=8)
+    height, named = max(1e-9, np.ptp(table[quality])), []
+    for name, row in table.iterrows():                                   # below its point where the one above is taken
+        below = any(abs(np.log10(row.seconds/x)) < .5 and abs(row[quality] - y) < .06*height for x, y in named)
+        ax.annotate(name.replace('_', ' '), (row.seconds, row[quality]), xytext=(4, -10 if below else 4), textcoords='offset points', fontsize=8)
+        named.append((row.seconds, row[quality]))
+    ax.margins(x=.25, y=.1)
     ax.set(xscale='log', xlabel='seconds per text', ylabel=quality.replace('_', ' '))
     return ax

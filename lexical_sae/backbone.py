@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EAGER_UP_TO', 'projection', 'lift', 'read_weights', 'weights_hash', 'sample_sentences', 'load_backbone',
-           'check_backbone_config', 'masked_loss', 'check_tokenizer', 'has_bfloat16', 'eager_attention']
+           'check_backbone_config', 'masked_loss', 'check_tokenizer', 'best_device', 'has_bfloat16', 'eager_attention']
 
 # %% ../nbs/00e_backbone.ipynb #ef8be4a0
 import hashlib
+import os
 import re
 from contextlib import contextmanager
 from functools import partial
@@ -131,6 +132,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedMode
                          "choose a checkpoint with a trained head and its own tokenizer.")
 
 # %% ../nbs/00e_backbone.ipynb #f898d3cf
+def best_device() -> torch.device:
+    "The GPU where there is one (of several, this process's own), otherwise the CPU."
+    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else torch.device('cpu')
+
 def has_bfloat16() -> bool:
     "Whether this machine multiplies in bfloat16, or would only imitate it."
     if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -17,16 +17,17 @@ from torch.utils.checkpoint import checkpoint
 from .activation import Gate
 
 # %% ../nbs/00a_decode.ipynb #cb2b645b
-TILE_ELEMENTS = 2**23  # numbers in one [N,T] temporary: 32 MiB in float32
+TILE_ELEMENTS = dict(cpu=2**23, cuda=2**27)  # numbers in one [N,T] temporary: 32 MiB in float32, 512 on a GPU, where many small products cost more than memory
 
 def vocabulary_tiles(
     num_rows: int,             # N: rows of h that a tile is multiplied with
     num_dims: int,             # V
     dims: Tensor|None = None,  # [A] sorted ids of the dimensions to decode; None: all
     tile: int|None = None,     # columns per tile; None: as many as TILE_ELEMENTS allows
+    device: str = 'cpu',       # type of the device that computes them
 ) -> Iterator[slice|Tensor]:
     "Split the vocabulary into slices, or into runs of the given ids."
-    tile = tile or max(64, TILE_ELEMENTS//max(1, num_rows))
+    tile = tile or max(64, TILE_ELEMENTS.get(device, TILE_ELEMENTS['cpu'])//max(1, num_rows))
     total = num_dims if dims is None else len(dims)
     for i in range(0, total, tile): yield slice(i, min(i + tile, total)) if dims is None else dims[i:i + tile]
 
@@ -64,7 +65,7 @@ def _pool_forward(rows, lengths, weight, bias, dims, tile):
     z_max = torch.full((B, V), -torch.inf, dtype=out, device=rows.device)
     row = torch.zeros((B, V), dtype=torch.int32, device=rows.device)
     rows = rows.to(dtype)
-    for t in vocabulary_tiles(len(rows), V, dims, tile):
+    for t in vocabulary_tiles(len(rows), V, dims, tile, rows.device.type):
         value, where = _max_by_text(_product(rows, weight, t, dtype), lengths)
         z_max[:, t] = value.to(out) if bias is None else value.to(out) + bias[t].to(out)
         row[:, t] = where.int()
@@ -86,7 +87,7 @@ def _sparse_backward(grad, rows, weight, row, grad_rows, grad_w):
 def _dense_backward(grad, rows, weight, row, grad_rows, grad_w, dims, tile, dtype):
     "The two products of the ordinary backward, tile by tile: each gradient in the row it came from."
     low = rows.to(dtype)
-    for t in vocabulary_tiles(len(rows), weight.shape[0], dims, tile):
+    for t in vocabulary_tiles(len(rows), weight.shape[0], dims, tile, rows.device.type):
         E = weight[t].to(dtype)
         g = torch.zeros(len(rows), len(E), dtype=dtype, device=rows.device)          # [N,T]
         g.scatter_(0, row[:, t].long(), grad[:, t].to(dtype))              # rows of different texts never meet
@@ -151,7 +152,7 @@ def _tile_logits(h, weight, bias, t, dtype):
 
 def _recompute(fn, *args):
     "Checkpoint `fn` where gradients are on: its tile is recomputed, not kept."
-    return checkpoint(fn, *args, use_reentrant=False) if torch.is_grad_enabled() else fn(*args)
+    return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else fn(*args)
 
 def attention_decode(
     h: Tensor,                 # [B,L,D]
@@ -167,7 +168,7 @@ def attention_decode(
     def pool(h, weight, attention, t):
         part = attention[..., None]*gate(_tile_logits(h, weight, bias, t, dtype), t)   # [B,L,T]
         return part.sum(1), part.detach().argmax(1)
-    tiles = list(vocabulary_tiles(B*L, V, dims, tile))
+    tiles = list(vocabulary_tiles(B*L, V, dims, tile, h.device.type))
     values, wheres = zip(*[_recompute(pool, h, weight, attention, t) for t in tiles])
     return _spread(values, tiles, V), _spread(wheres, tiles, V).int()
 
@@ -194,7 +195,7 @@ def streamed_linear(
         with torch.autocast(rows.device.type, enabled=False):              # the head stays in float32
             s = gate(_tile_logits(rows, weight, bias, t, dtype), t)
             return s @ fc_weight[:, t].to(s.dtype).T
-    u = sum(_recompute(part, rows, weight, fc_weight, t) for t in vocabulary_tiles(len(rows), weight.shape[0], dims, tile))
+    u = sum(_recompute(part, rows, weight, fc_weight, t) for t in vocabulary_tiles(len(rows), weight.shape[0], dims, tile, rows.device.type))
     return u if fc_bias is None else u + fc_bias.to(u.dtype)
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def streamed_nonzeros(
     N, V, dtype = len(rows), weight.shape[0], compute_dtype(rows)
     best = None
     found = []
-    for t in vocabulary_tiles(N, V, dims, tile):
+    for t in vocabulary_tiles(N, V, dims, tile, rows.device.type):
         s = gate(_tile_logits(rows, weight, bias, t, dtype), t)            # [N,T]
         ids = t if isinstance(t, Tensor) else torch.arange(t.start, t.stop, device=rows.device)
         if topk:

@@ -63,6 +63,7 @@ def explain_dims(
             found, gap = IntegratedGradients(f).attribute(s[:, columns], n_steps=steps, return_convergence_delta=True)
             delta, readings = _relative(gap, found), steps + 2
         scores = torch.zeros_like(s[0]).index_copy(0, columns, found[0].detach())
+    if s.is_cuda: torch.cuda.synchronize()                               # until then it is only asked for
     return Attribution(method, scores.detach(), readings, time.perf_counter() - begin, delta)
 
 def _relative(gap, scores): return (gap.abs()/scores.abs().sum().clamp(min=1e-12)).item()

@@ -262,7 +262,7 @@ def measure_grounding(
     "Accuracy, sparsity, exactness and grounding on texts, in evaluation mode."
     was_training = model.training
     model.eval()
-    fitter = GroundingFitter(model, reference or FrozenReference.load(model), associations,
+    fitter = GroundingFitter(model, reference or FrozenReference.load(model).to(model.device), associations,
                              sentiment_lexicon() if positive_class is not None else None, positive_class)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for i in tqdm(range(0, len(order), batch_size), desc='measure', disable=len(order) < 20*batch_size, mininterval=5):

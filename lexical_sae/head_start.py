@@ -128,7 +128,7 @@ def start_head(
     if len(batches) > limit: batches = [batches[i] for i in np.random.default_rng(seed).choice(len(batches), limit, replace=False)]
     model.eval()
     for batch in tqdm(batches, desc='head start', mininterval=5):
-        state = model.classify(model.encode(batch['input_ids'], batch['attention_mask']))
+        state = model.classify(model.encode(*(batch[k].to(model.device) for k in ('input_ids', 'attention_mask'))))
         fitter.update(state.sparse_vector, batch['labels'])
     model.train(was_training)
     return fitter.fit(seed)

@@ -165,7 +165,7 @@ def layer_contributions(
     order = part.abs().argsort(descending=True)
     z, first, layers, rest = split_by_layer(model, batch, row[order], position[order], ids[order], method)
     model.train(was_training)
-    return LayerContributions(tuple(model.words[j] for j in ids[order].tolist()), z, first, layers, rest, part[order], method)
+    return LayerContributions(tuple(model.words[j] for j in ids[order].tolist()), *(x.cpu() for x in (z, first, layers, rest, part[order])), method)
 
 def _need_positions(model):
     if model.query is not None: raise ValueError("With attention pooling a word has no single position: layers are split for max pooling only.")

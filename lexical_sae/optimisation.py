@@ -95,12 +95,12 @@ def learning_rate_range_test(
     "Smoothed loss under an exponentially growing rate, on a copy of the model."
     model, batches = copy.deepcopy(model).train(), list(batches)
     optimizer = build_optimizer(parameter_groups(model, 1., steps, **({'gate_learning_rate': 1e-9} | groups)))
-    shares = [g['lr'] for g in optimizer.param_groups]
+    shares, device = [g['lr'] for g in optimizer.param_groups], next(model.parameters()).device
     rates, losses, average = [], [], 0.
     for i in tqdm(range(steps), desc='learning-rate range test', mininterval=5):
         rate = low*(high/low)**(i/max(1, steps - 1))
         for group, share in zip(optimizer.param_groups, shares): group['lr'] = rate*share if share > 1e-6 else share
-        loss = model(**batches[i % len(batches)]).loss
+        loss = model(**{k: t.to(device) for k, t in batches[i % len(batches)].items()}).loss
         if not torch.isfinite(loss): break
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         average = smoothing*average + (1 - smoothing)*loss.item()

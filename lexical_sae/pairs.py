@@ -89,7 +89,7 @@ class GatedPairs:
 def _candidates(rows, weight, bias, gate, dims, tile, reach):
     "Coordinates and logits of all words above theta - reach."
     N, V, dtype, found = len(rows), weight.shape[0], compute_dtype(rows), []
-    for t in vocabulary_tiles(N, V, dims, tile):
+    for t in vocabulary_tiles(N, V, dims, tile, rows.device.type):
         z = _tile_logits(rows, weight, bias, t, dtype)                     # [N,T]
         r, c = (gate.allowed[t] & (z > (gate.theta[t] - reach).to(z.dtype))).nonzero(as_tuple=True)
         found.append((r, c + t.start if isinstance(t, slice) else t[c], z[r, c]))

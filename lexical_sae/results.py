@@ -174,13 +174,15 @@ def write_results(
     parameters: dict,        # every knob with its value
     metrics: dict,           # names as in `METRICS`; the dense twin's under 'dense'
     curves: dict|None = None,  # name -> series over training
+    machine: dict|None = None,  # versions and hardware, where the runs that are gathered here had others; None: this one's
 ) -> dict:                   # what was written; ValueError naming a metric that is not finite, nothing written then
     "Compose one run's results with versions and hardware, check them, and write them whole."
+    machine = machine or dict(versions=versions(), hardware=hardware())
     path = Path(path)
     path = path if path.suffix == '.json' else path/'results.json'
     command = command if isinstance(command, str) else shlex.join(map(str, map(public_text, command)))
     given = dict(schema_version=SCHEMA_VERSION, experiment=experiment, command=command, data=data, backbone=backbone,
-                 seed=seed, parameters=parameters, versions=versions(), hardware=hardware(), metrics=metrics,
+                 seed=seed, parameters=parameters, **machine, metrics=metrics,
                  curves=curves or {})
     result = {key: plain(value, key) for key, value in given.items()}
     _check(result, path)

@@ -23,7 +23,7 @@ from transformers import AutoModel, DataCollatorWithPadding, TrainingArguments, 
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .backbone import has_bfloat16
+from .backbone import best_device, has_bfloat16
 from .data import automatic_max_length, class_names_of, fingerprint, has_several_labels, hold_out, load_task, offline_backbone, tokenize_texts
 from .decode import Threshold
 from .dense import DenseClassifier, DenseTrainer, predict_dense
@@ -126,6 +126,7 @@ def set_up(config: TrainingConfig) -> Setup:
     kind = dict(problem_type=MULTILABEL) if has_several_labels(data['train']) else {}
     model = LexicalSAEForSequenceClassification.from_backbone(backbone, label_names=class_names_of(data['train']), **kind, **config.model)
     if config.model_name == 'offline': model.config.backbone_name = 'minilm-mlm'
+    model.to('cpu' if config.training.get('use_cpu') else best_device())
     sample = np.random.default_rng(config.seed).permutation(len(data['train']))[:256]       # files may be sorted by class
     threshold = model.start_threshold(data['train'].select(np.sort(sample))['text'][:])
     length = config.max_length or automatic_max_length(data, model.tokenizer, model.config.max_positions)
@@ -138,7 +139,7 @@ def set_up(config: TrainingConfig) -> Setup:
 class Trained:
     "A trained model and how it came about."
     setup: Setup
-    model: LexicalSAEForSequenceClassification   # in evaluation mode, on the CPU
+    model: LexicalSAEForSequenceClassification   # in evaluation mode, where it was trained
     trainer: LexicalTrainer
     step_seconds: float
     folder: Path                                  # where the model is saved
@@ -196,7 +197,7 @@ def _prepare(setup, args, learned):
     "A head start, and the learning rate from a range test on what is trained then, where the config wants them."
     config, model = setup.config, setup.model
     if config.head_start:
-        with torch.autocast('cpu', torch.bfloat16, enabled=args.bf16): begun = start_head(model, _batches(setup, learned), config.seed)
+        with torch.autocast(setup.model.device.type, torch.bfloat16, enabled=args.bf16): begun = start_head(model, _batches(setup, learned), config.seed)
         print(f'head start: {begun.accuracy:.3f} of {begun.texts} training texts right without a training step', flush=True)
     if config.learning_rate is not None: return
     model.label_smoothing = args.label_smoothing
@@ -214,6 +215,10 @@ def timed(trainer, checkpoint: str|None = None, every: int = 60) -> float:  # se
     trainer.train(resume_from_checkpoint=checkpoint)
     return (time.perf_counter() - begin)/max(1, trainer.state.global_step - lines.first)
 
+def _as_saved(trainer):
+    "The trained network for use, in its own precision: training wraps its forward in bfloat16, which the network read from its folder would not have."
+    return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False).eval()
+
 _NOT_THE_TWINS = ('learning_rate', 'logging_steps', 'save_strategy', 'save_steps', 'save_total_limit', 'eval_strategy', 'eval_steps', 'eval_on_start', 'load_best_model_at_end', 'report_to',
                   'disable_tqdm', 'use_cpu', 'remove_unused_columns', 'optim')    # what is common to both trainers and changes nothing in the twin
 
@@ -224,7 +229,7 @@ def _twin_key(setup):
     shared = {k: config.training.get(k) for k in ('label_smoothing', 'class_weights')}
     return plain(asked | shared | DENSE | config.dense | dict(data=fingerprint(setup.data['train']), backbone=config.model_name, length=setup.max_length))
 
-def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # on the CPU; seconds per step
+def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # where the setup's model is; seconds per step
     "The dense twin, trained for as many epochs on all training texts (the few on which open words are watched included), or read from the folder that keeps it."
     config = setup.config
     kept, key, own = Path(config.twin) if config.twin else None, _twin_key(setup), DENSE | config.dense
@@ -238,7 +243,7 @@ def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # on the CPU; sec
         if changed := sorted(k for k in key.keys() | found['key'].keys() if found['key'].get(k) != key.get(k)):
             raise ValueError(f"{kept} keeps a dense twin of another {changed[0]}: choose another folder, or remove it.")
         twin.load_state_dict(load_file(kept/'twin.safetensors'))
-        return twin.eval(), found['step_seconds']
+        return twin.eval().to(setup.model.device), found['step_seconds']
     arguments = common_arguments(setup) | dict(learning_rate=own['learning_rate'], eval_strategy='no', eval_on_start=False,
         save_strategy='no', load_best_model_at_end=False)                # it is trained to the end: evaluations and checkpoints are the model's
     trainer = DenseTrainer(twin, TrainingArguments(str(Path(config.output_dir)/'dense'), **arguments), train_dataset=setup.tokens['train'],
@@ -246,7 +251,7 @@ def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # on the CPU; sec
     print('dense twin', flush=True)
     seconds = timed(trainer)
     shutil.rmtree(Path(config.output_dir)/'dense', ignore_errors=True)   # it holds no checkpoint
-    twin.cpu()
+    twin = _as_saved(trainer)
     if kept:
         kept.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in twin.state_dict().items()}, kept/'twin.safetensors')
@@ -277,7 +282,7 @@ def train_model(
     set_seed(setup.config.seed)
     trainer = LexicalTrainer(setup.model, args, setup.reference, teacher, setup.associations, train_dataset=learned, eval_dataset=watched, data_collator=setup.collator)
     seconds = timed(trainer, checkpoint)
-    model = setup.model.eval().cpu()
+    model = _as_saved(trainer)
     unfold_head(model)
     folder = Path(setup.config.output_dir)/'model'
     if trainer.is_world_process_zero():

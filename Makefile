@@ -13,7 +13,7 @@ export GLIBC_TUNABLES = glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.mal
 # read by the tools themselves: as words of a command line, braces and blanks in it would be the shell's
 run paper: export SET := $(SET)
 
-.PHONY: help demo run test test-slow paper docs readme book edit bench clean
+.PHONY: help demo run test test-slow test-gpu paper docs readme book edit bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,6 +45,9 @@ test-slow: test ## also what takes minutes
 	@$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --flags slow --timing
 	@echo "== slow tests"
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q -m slow
+
+test-gpu: .venv/ready ## what needs a GPU
+	@$(BIN)/python -m pytest -q -m gpu
 
 paper: .venv/ready ## figures and tables from paper/results; runs what is missing (tools/paper.py --list says what) [SET='data=FOLDER']
 	@$(BIN)/python tools/paper.py

@@ -147,9 +147,13 @@ def has_bfloat16() -> bool:
 EAGER_UP_TO = 128   # positions
 
 @contextmanager
-def eager_attention(backbone: PreTrainedModel, length: int):
+def eager_attention(
+    backbone: PreTrainedModel,
+    length: int,          # positions
+    halved: bool = False, # the backbone will run in bfloat16, though nothing here says so yet: a Trainer's autocast begins inside the model's forward
+):
     "Attention as plain products while gradients are taken in bfloat16 on a CPU, to no more than `EAGER_UP_TO` positions; else as the backbone has it."
-    halved = torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == torch.bfloat16 or backbone.dtype == torch.bfloat16
+    halved = halved or torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == torch.bfloat16 or backbone.dtype == torch.bfloat16
     faster = halved and length <= EAGER_UP_TO and backbone.device.type == 'cpu' and torch.is_grad_enabled()
     faster = faster and backbone.config._attn_implementation == 'sdpa'
     # a checkpointed block runs again in the backward pass, when this is over

@@ -53,7 +53,7 @@ class DenseTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with eager_attention(self.accelerator.unwrap_model(model).encoder, inputs['input_ids'].shape[1]):
+        with eager_attention(self.accelerator.unwrap_model(model).encoder, inputs['input_ids'].shape[1], self.args.bf16):
             outputs = model(**{k: inputs[k] for k in ('input_ids', 'attention_mask', 'labels')})
         return (outputs['loss'], outputs) if return_outputs else outputs['loss']
 

@@ -148,7 +148,7 @@ class LexicalTrainer(CheckpointingTrainer):
         example_id = inputs.pop('example_id', None)
         inputs.pop('length', None)
         if model.training: self._check_teacher(example_id)
-        with eager_attention(self._net.backbone, inputs['input_ids'].shape[1]):
+        with eager_attention(self._net.backbone, inputs['input_ids'].shape[1], self.args.bf16):
             outputs = model(**inputs)
             terms = self.loss_terms(outputs, inputs, example_id) if model.training else {}
         if model.training:

@@ -69,3 +69,10 @@ def test_too_few_words_are_said(tmp_path):
     with pytest.warns(UserWarning, match='3.0 words where 60 are allowed'): trainer.train()
     trainer.level.settle = lambda gate, measure: 0.
     with pytest.raises(RuntimeError, match='All gates closed'): trainer.finish()
+
+def test_attention_is_plain_while_training_in_bfloat16_on_a_cpu(tmp_path):
+    "Autocast begins inside the model's forward, after the choice of attention."
+    trainer, used = run(tmp_path, max_steps=2, bf16=True), []
+    trainer.model.backbone.register_forward_pre_hook(lambda backbone, _: used.append((torch.is_grad_enabled(), backbone.config._attn_implementation)))
+    trainer.train()
+    assert {how for grad, how in used if grad} == {'eager'} and trainer.model.backbone.config._attn_implementation == 'sdpa'

@@ -98,7 +98,7 @@ def test_one_instance_tags_and_classifies_and_the_pipeline_agrees(tokenizer, tmp
         orphans += len(exp.entities) - len(spans([t for _, t, _ in exp.tags]))
     assert orphans > 0                                                     # tags such as an I- after O: no entity for the strict score
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.gpu
 def test_measures_are_the_same_on_a_gpu(tokenizer):
     model, gold = tagger(tokenizer).eval(), [['B-PER', 'I-PER', 'O', 'B-LOC'], ['B-LOC', 'O', 'B-LOC'], ['O']]
     def measure():

@@ -5,11 +5,14 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import BertConfig, BertModel
 
+from lexical_sae.arms import measure_trained
+from lexical_sae.backbone import best_device
 from lexical_sae.data import load_task, offline_backbone
 from lexical_sae.dense import DenseClassifier
+from lexical_sae.explainers import WORD_METHODS, Reader, compare_explainers
 from lexical_sae.grounding import FrozenReference, measure_grounding
 from lexical_sae.model import LexicalSAEForSequenceClassification
-from lexical_sae.setup_training import TrainingConfig, arguments_for, fit_dense, set_up
+from lexical_sae.setup_training import TrainingConfig, arguments_for, fit_dense, set_up, setup_and_train
 from lexical_sae.setup_training import _twin_key
 
 @pytest.fixture
@@ -66,3 +69,24 @@ def test_words_that_are_not_read_are_no_words_of_the_text():
     share = lambda t: measure_grounding(model, [t], reference=reference, max_length=5).input_share
     with torch.no_grad(): said = model.classify(model.encode(**model.batch([text]))).sparse_vector[0].topk(20).indices
     assert share(text + ' ' + ' '.join(model.words[i] for i in said.tolist())) == pytest.approx(share(text)) and share(text) < 1
+
+def test_what_was_trained_in_bfloat16_answers_in_its_own_precision(csv, tmp_path):
+    "As it will when it is read from its folder."
+    halved, few = [], dict(max_steps=1, warmup_steps=0, bf16=True)
+    trained = setup_and_train(config(csv, output_dir=str(tmp_path/'run'), training=few))
+    twin, batch = fit_dense(trained.setup)[0], trained.model.batch(['a good film'])
+    for network, inside in ((trained.model, trained.model.backbone), (twin, twin.encoder)):
+        inside.register_forward_hook(lambda *_: halved.append(torch.is_autocast_enabled(best_device().type)))
+        assert not network.training
+        network(**batch)
+    assert halved == [False, False]
+
+@pytest.mark.gpu
+def test_a_run_takes_place_on_the_gpu(csv, tmp_path):
+    "From the head start to the explanations; what training alone would show, no other test asks of a GPU."
+    trained = setup_and_train(config(csv, output_dir=str(tmp_path/'run'), training=dict(max_steps=4, warmup_steps=1)))
+    twin = fit_dense(trained.setup)[0]
+    assert {p.device.type for network in (trained.model, twin) for p in network.parameters()} == {best_device().type}
+    assert measure_trained(trained)[0]['identity_error'] < 1e-5
+    table, _ = compare_explainers(Reader(trained.model, max_length=16), ['a good film', 'a dull film'], WORD_METHODS, steps=4, samples=8)
+    assert set(table.index) == set(WORD_METHODS) and table.seconds.notna().all()

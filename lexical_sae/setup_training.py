@@ -116,10 +116,13 @@ def with_validation(data: DatasetDict, share: float) -> DatasetDict:
     train, validation = hold_out(data['train'], share)
     return DatasetDict(data | dict(train=train, validation=validation))
 
-def set_up(config: TrainingConfig) -> Setup:
+def set_up(
+    config: TrainingConfig,
+    data: DatasetDict|None = None,  # text, label: instead of what the config names
+) -> Setup:
     "Load the data and the backbone, find the start of the gates, length and batch size."
-    data = load_task(config.dataset_name, config.source, train_samples=config.train_samples, test_samples=config.test_samples, seed=config.seed,
-                     **config.columns)
+    if data is None: data = load_task(config.dataset_name, config.source, train_samples=config.train_samples, test_samples=config.test_samples, seed=config.seed,
+                                      **config.columns)
     data = with_validation(data, config.validation_share)
     backbone = str(offline_backbone()) if config.model_name == 'offline' else config.model_name
     set_seed(config.seed)

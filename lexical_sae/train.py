@@ -137,7 +137,7 @@ class LexicalTrainer(CheckpointingTrainer):
         self.teacher = None if teacher is None else teacher.to(args.device)
         self.direction = associations.of_dimensions(model).T.to(args.device) if associations and args.evidence_weight and args.association_share else None   # [C,V]
         if args.backbone_dropout is not None: set_dropout(model.backbone, args.backbone_dropout)
-        self.terms, self.step_terms, self.noted, self._fitter, self.choice = {}, [], {}, None, None
+        self.terms, self.shares, self.step_terms, self.noted, self._fitter, self.choice = {}, {}, [], {}, None, None
         self.closed_steps = 0
         self._check_example_ids()
         n = 0 if self.eval_dataset is None else len(self.eval_dataset)
@@ -310,7 +310,7 @@ def _evidence(self: LexicalTrainer, state, inputs, opened=None):
         ids, z0 = opened[0], opened[-1]
         there = z0.gather(2, state.position.gather(1, ids).long()[..., None])[..., 0]                         # [B,K] at the word's own position
         found['reference_share'] = evidence_share(part, none.scatter(1, ids, there > self.start_theta)), args.reference_share
-    for name, (share, _) in found.items(): self.terms.setdefault(name, []).append(share.detach().mean().item())
+    self.shares = {name: share.detach().mean() for name, (share, _) in found.items()}
     return sum(evidence_loss(share, wanted) for share, wanted in found.values())
 
 # %% ../nbs/02c_train.ipynb #5adfb922
@@ -370,9 +370,11 @@ def _log_of_mean(self: LexicalTrainer, value: Tensor) -> Tensor:
 
 @patch
 def _record(self: LexicalTrainer, terms, state):
-    values = {k: v.item() for k, v in terms.items()} | {'active': state.num_active.float().mean().item()}
+    noted = terms | {'active': state.num_active.float().mean()} | self.shares
+    values = dict(zip(noted, torch.stack([v.detach().float() for v in noted.values()]).tolist()))     # a GPU is waited for once
     self.step_terms.append(values)
     for k, v in values.items(): self.terms.setdefault(k, []).append(v)
+    self.shares = {}
 
 @patch
 def _stop_on_nan(self: LexicalTrainer, loss, terms):

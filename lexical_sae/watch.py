@@ -46,10 +46,11 @@ class ReferenceCache:
         return h
 
     def _keep(self, ids, h, attention_mask):
-        for i, row, real in zip(ids, h, attention_mask.bool()):
-            size = int(real.sum())*row.shape[-1]*2
+        real = attention_mask.bool()
+        for i, row in zip(ids, h[real].cpu().split(real.sum(1).tolist())):     # a GPU is waited for once, not for every text
+            size = row.numel()*row.element_size()
             if i in self.store or size > self.room: continue
-            self.store[i] = row[real].cpu()
+            self.store[i] = row.clone()                                  # without the rest of its batch
             self.room -= size
 
 # %% ../nbs/02bb_watch.ipynb #f2438c3c

@@ -100,7 +100,7 @@ def run_arm(
     out, parameters = Path(config.output_dir), {k: v for k, v in asdict(config).items() if k not in ('output_dir', 'source', 'twin')} | {'dense_alone': dense, 'defaults': training_defaults()}
     if (out/'results.json').exists():
         found = read_results(out)
-        known = {'defaults': plain(parameters['defaults'])} | found['parameters']      # earlier versions did not note them
+        known = found['parameters'] | {'defaults': plain(parameters['defaults']) | found['parameters'].get('defaults', {})}     # knobs that earlier versions did not note, or did not have, were off
         changed = sorted(k for k, v in parameters.items() if known.get(k) != plain(v))
         if changed: raise ValueError(f"{out.name} was run with another {changed[0]}: choose another output_dir, or remove its folder.")
         untested = [task for task in elsewhere or {} if not (out/f'right_{task}.json').exists()]
@@ -133,10 +133,11 @@ def shared_defaults(
 
 def shared_machine(
     results: Iterable[dict],   # of arms
-) -> dict|None:                # versions and hardware, for `write_results`; None where they differ
-    "The machine that all arms were run on, which may not be the one that gathers them."
-    noted = [{k: r[k] for k in ('versions', 'hardware')} for r in results]
-    return noted[0] if noted and all(n == noted[0] for n in noted) else None
+) -> dict|None:                # versions and hardware, for `write_results`: null where arms differ; None without arms
+    "The machine that arms were run on, which may not be the one that gathers them."
+    noted = list(results)
+    def common(part): return {k: v if all(r[part].get(k) == v for r in noted) else None for k, v in noted[0][part].items()}
+    return {part: common(part) for part in ('versions', 'hardware')} if noted else None
 
 # %% ../nbs/02cb_arms.ipynb #c36f48f6
 def arms_table(

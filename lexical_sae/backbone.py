@@ -133,12 +133,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedMode
 
 # %% ../nbs/00e_backbone.ipynb #f898d3cf
 def best_device() -> torch.device:
-    "The GPU where there is one (of several, this process's own), otherwise the CPU."
-    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else torch.device('cpu')
+    "The GPU where there is one (of several, this process's own; processes may share one), otherwise the CPU."
+    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device('cpu')
 
-def has_bfloat16() -> bool:
-    "Whether this machine multiplies in bfloat16, or would only imitate it."
-    if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
+def has_bfloat16(device: torch.device|None = None) -> bool:  # None: the GPU where there is one
+    "Whether the device multiplies in bfloat16, or would only imitate it."
+    if (device or best_device()).type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     known = getattr(torch.cpu, 'get_capabilities', dict)()
     if known.get('architecture') == 'x86_64': return known['avx512_bf16'] or known['amx_bf16']
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()     # other processors, and earlier versions of torch

@@ -135,6 +135,7 @@ def check_tagging_arguments(args: LexicalTrainingArguments):
     refused = dict(
         evidence_weight=(args.evidence_weight not in (0, LexicalTrainingArguments.evidence_weight), "a position has one word of its own: set it to 0"),
         class_weights=(args.class_weights is not None, "weights would distort the probabilities of tags: leave it None and call start_at_prior"),
+        grounding_from=(args.grounding_from > 0, "the anchor acts from the first step: set it to 0"),
         patience=(args.patience > 0, "a tagger is not chosen by held-out texts: set patience=0"),
         load_best_model_at_end=(args.load_best_model_at_end and args.metric_for_best_model in ('constrained', 'eval_constrained'),
                                 "a tagger is not chosen by the constraint: set it to False, or metric_for_best_model='loss'"))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, DataCollatorWithPadding, TrainingArguments, set_seed
@@ -31,7 +32,7 @@ from .grounding import FrozenReference, WordAssociations
 from .head_start import ALPHAS, start_head, unfold_head
 from .level import set_dropout
 from .model import LexicalSAEForSequenceClassification
-from .optimisation import automatic_batch_size, learning_rate_range_test
+from .optimisation import as_saved, automatic_batch_size, learning_rate_range_test
 from .results import atomic_write, plain
 from .targets import MULTILABEL, class_weights
 from .train import LexicalTrainer, LexicalTrainingArguments
@@ -118,7 +119,7 @@ def with_validation(data: DatasetDict, share: float) -> DatasetDict:
 
 def set_up(
     config: TrainingConfig,
-    data: DatasetDict|None = None,  # text, label: instead of what the config names
+    data: DatasetDict|None = None,  # text, label: instead of the data that the config names, samples and columns
 ) -> Setup:
     "Load the data and the backbone, find the start of the gates, length and batch size."
     if data is None: data = load_task(config.dataset_name, config.source, train_samples=config.train_samples, test_samples=config.test_samples, seed=config.seed,
@@ -133,7 +134,7 @@ def set_up(
     sample = np.random.default_rng(config.seed).permutation(len(data['train']))[:256]       # files may be sorted by class
     threshold = model.start_threshold(data['train'].select(np.sort(sample))['text'][:])
     length = config.max_length or automatic_max_length(data, model.tokenizer, model.config.max_positions)
-    batch = config.batch_size or automatic_batch_size(model.backbone.config, length)
+    batch = config.batch_size or automatic_batch_size(model.backbone.config, length, device=model.device)
     return Setup(config, data, tokenize_texts(data, model.tokenizer, length), model, FrozenReference.of(model), threshold,
                  DataCollatorWithPadding(model.tokenizer), backbone, length, batch, 1 if config.batch_size else max(1, 32//batch))
 
@@ -163,7 +164,7 @@ def common_arguments(setup: Setup) -> dict:
     "What both trainers, ours and the dense twin's, are given."
     config, plain = setup.config, {f.name for f in fields(TrainingArguments)}
     given = RECIPE | dict(per_device_train_batch_size=setup.batch_size, gradient_accumulation_steps=setup.accumulation,
-        learning_rate=config.learning_rate or 1e-4, bf16=has_bfloat16(),
+        learning_rate=config.learning_rate or 1e-4, bf16=has_bfloat16(setup.model.device),
         save_strategy='no', report_to='none', disable_tqdm=True, seed=config.seed, use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False) | {
         k: v for k, v in config.training.items() if k in plain}
@@ -208,8 +209,9 @@ def _prepare(setup, args, learned):
     if args.backbone_dropout is not None: set_dropout(model.backbone, args.backbone_dropout)
     keep = ('input_ids', 'attention_mask', 'labels')
     test = learning_rate_range_test(model, [{k: b[k] for k in keep} for b in _batches(setup, learned, 100)], head_multiplier=args.head_multiplier)
-    args.learning_rate = test.suggestion
-    print(f'learning rate {test.suggestion:.1e} from a range test', flush=True)
+    found = broadcast_object_list([test.suggestion])                     # every process tested for itself, and replicas must not drift apart
+    args.learning_rate = found[0]
+    print(f'learning rate {args.learning_rate:.1e} from a range test', flush=True)
 
 def timed(trainer, checkpoint: str|None = None, every: int = 60) -> float:  # seconds per step
     "Train with a line of progress now and then."
@@ -217,10 +219,6 @@ def timed(trainer, checkpoint: str|None = None, every: int = 60) -> float:  # se
     trainer.remove_callback(PrinterCallback); trainer.add_callback(lines)
     trainer.train(resume_from_checkpoint=checkpoint)
     return (time.perf_counter() - begin)/max(1, trainer.state.global_step - lines.first)
-
-def _as_saved(trainer):
-    "The trained network for use, in its own precision: training wraps its forward in bfloat16, which the network read from its folder would not have."
-    return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False).eval()
 
 _NOT_THE_TWINS = ('learning_rate', 'logging_steps', 'save_strategy', 'save_steps', 'save_total_limit', 'eval_strategy', 'eval_steps', 'eval_on_start', 'load_best_model_at_end', 'report_to',
                   'disable_tqdm', 'use_cpu', 'remove_unused_columns', 'optim')    # what is common to both trainers and changes nothing in the twin
@@ -254,7 +252,7 @@ def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # where the setup
     print('dense twin', flush=True)
     seconds = timed(trainer)
     shutil.rmtree(Path(config.output_dir)/'dense', ignore_errors=True)   # it holds no checkpoint
-    twin = _as_saved(trainer)
+    twin = as_saved(trainer)
     if kept:
         kept.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in twin.state_dict().items()}, kept/'twin.safetensors')
@@ -285,7 +283,7 @@ def train_model(
     set_seed(setup.config.seed)
     trainer = LexicalTrainer(setup.model, args, setup.reference, teacher, setup.associations, train_dataset=learned, eval_dataset=watched, data_collator=setup.collator)
     seconds = timed(trainer, checkpoint)
-    model = _as_saved(trainer)
+    model = as_saved(trainer)
     unfold_head(model)
     folder = Path(setup.config.output_dir)/'model'
     if trainer.is_world_process_zero():

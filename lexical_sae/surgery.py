@@ -125,7 +125,8 @@ class SuppressedModel:
     ):
         gate = _closed_gate(model.activation)
         _close(gate, select_dims(model, words, match))
-        self.__dict__.update(model.__dict__)                             # the same parameters, buffers and hooks, by reference
+        # the same parameters, buffers and hooks, by reference; a forward of its own that somebody wrapped would run the base
+        self.__dict__.update({k: v for k, v in model.__dict__.items() if k != 'forward'})
         self.__dict__.update(base=model, _modules={**model._modules, 'activation': gate})
 
     @property

@@ -91,6 +91,7 @@ class LexicalTrainingArguments(TrainingArguments):
             if getattr(self, name) not in choices: raise ValueError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'.")
         for name, low, high in (('sparsity_target', 0, 1), ('warmup_fraction', 0, 1)):
             if not low < getattr(self, name) < high: raise ValueError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}.")
+        if not 0 <= self.grounding_from <= 1: raise ValueError(f"grounding_from is a share of the steps, in [0, 1], got {self.grounding_from}.")
         if not self.active_target > 0: raise ValueError(f"active_target must be a positive number of words, got {self.active_target}.")
 
     @property

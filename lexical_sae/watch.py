@@ -47,11 +47,14 @@ class ReferenceCache:
 
     def _keep(self, ids, h, attention_mask):
         real = attention_mask.bool()
-        for i, row in zip(ids, h[real].cpu().split(real.sum(1).tolist())):     # a GPU is waited for once, not for every text
-            size = row.numel()*row.element_size()
-            if i in self.store or size > self.room: continue
-            self.store[i] = row.clone()                                  # without the rest of its batch
-            self.room -= size
+        wanted = {}                                                      # id -> (which of the batch, its positions)
+        for which, (i, n) in enumerate(zip(ids, real.sum(1).tolist())):
+            size = n*h.shape[-1]*h.element_size()
+            if i in self.store or i in wanted or size > self.room: continue
+            wanted[i] = which, n; self.room -= size
+        if not wanted: return
+        which, lengths = map(list, zip(*wanted.values()))
+        self.store |= zip(wanted, h[which][real[which]].cpu().split(lengths))     # a GPU is waited for once, not for every text
 
 # %% ../nbs/02bb_watch.ipynb #f2438c3c
 class EpochOrder(Sampler):

@@ -319,7 +319,7 @@ def test_backbones_follow_the_classification_recipe():
     named = {f.name for f in fields(TrainingConfig)} & ours.keys() - {'training', 'dense'}      # there a yes or no, here the twin's rates
     training = {f.name for f in fields(LexicalTrainingArguments)} & ours.keys() - named
     config = TrainingConfig(**{k: ours[k] for k in named}, training={k: ours[k] for k in training})
-    args = arguments_for(SimpleNamespace(config=config, tokens={'train': range(10_000)}, batch_size=config.batch_size, accumulation=1))
+    args = arguments_for(SimpleNamespace(config=config, tokens={'train': range(10_000)}, batch_size=config.batch_size, accumulation=1, model=SimpleNamespace(device=torch.device('cpu'))))
     same = {k for k in theirs if hasattr(args, k)}
     assert len(same) > 20 and {k: getattr(args, k) for k in same} == {k: theirs[k] for k in same}
     assert (theirs['dense_head_multiplier'], theirs['validation_samples']) == (DENSE['head_multiplier'], config.validation_samples)

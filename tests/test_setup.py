@@ -14,6 +14,7 @@ from lexical_sae.grounding import FrozenReference, measure_grounding
 from lexical_sae.model import LexicalSAEForSequenceClassification
 from lexical_sae.setup_training import TrainingConfig, arguments_for, fit_dense, set_up, setup_and_train
 from lexical_sae.setup_training import _twin_key
+from lexical_sae.surgery import SuppressedModel
 
 @pytest.fixture
 def csv(tmp_path):
@@ -80,6 +81,8 @@ def test_what_was_trained_in_bfloat16_answers_in_its_own_precision(csv, tmp_path
         assert not network.training
         network(**batch)
     assert halved == [False, False]
+    word = int(trained.model(**batch).state.sparse_vector[0].argmax())
+    assert SuppressedModel(trained.model, word)(**batch).state.sparse_vector[0, word] == 0       # a view of it reads through its own gate
 
 @pytest.mark.gpu
 def test_a_run_takes_place_on_the_gpu(csv, tmp_path):
@@ -90,3 +93,9 @@ def test_a_run_takes_place_on_the_gpu(csv, tmp_path):
     assert measure_trained(trained)[0]['identity_error'] < 1e-5
     table, _ = compare_explainers(Reader(trained.model, max_length=16), ['a good film', 'a dull film'], WORD_METHODS, steps=4, samples=8)
     assert set(table.index) == set(WORD_METHODS) and table.seconds.notna().all()
+
+def test_processes_may_share_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True); monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    for rank, index in ((None, 0), ('1', 1), ('2', 0)):
+        monkeypatch.delenv('LOCAL_RANK', raising=False) if rank is None else monkeypatch.setenv('LOCAL_RANK', rank)
+        assert best_device() == torch.device('cuda', index)

@@ -39,7 +39,7 @@ def state(name: str) -> str:
             return f'stale (another model of {READS[name]})'
     known = known_of(found)
     changed = [k for k, v in params.items() if k in known and known[k] != v and not (k.endswith('_samples') and v < 0)]     # below 0: all there are
-    if 'defaults' in found['parameters']: changed += [k for k, v in training_defaults().items() if found['parameters']['defaults'].get(k, v) != v]     # a knob that was not there yet did nothing
+    if 'defaults' in found['parameters']: changed += [k for k, v in training_defaults().items() if found['parameters']['defaults'].get(k, v) != v]     # a knob that came later is off by default, or whoever adds it removes the results that it makes stale
     changed += [k for k in ('arms', 'more_arms', 'evaluate_tiers') if any(not measured(found, name) for name in params.get(k, ()))]
     if 'words' in found['metrics'] and 'seconds_together' not in found['metrics']['words']['dla']: changed.append('measured costs')
     return f'stale ({", ".join(changed)} changed)' if changed else 'ready'

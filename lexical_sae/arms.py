@@ -35,7 +35,7 @@ def measure_trained(
     "Accuracy, sparsity, exactness and grounding on the test texts."
     setup, model = trained.setup, trained.model
     positive = lexicon_class(setup.names, positive_class)
-    found = measure_grounding(model, setup.data['test']['text'][:], setup.tokens['test']['labels'][:], setup.reference.to(model.device), setup.associations, positive,
+    found = measure_grounding(model, setup.data['test']['text'][:], setup.tokens['test']['labels'][:], setup.reference, setup.associations, positive,
                               max_length=setup.max_length)
     metrics, right = _judge(setup, _LogitsOnly(model))
     return found.to_dict() | metrics | dict(step_seconds=trained.step_seconds), right
@@ -45,20 +45,21 @@ def judge_answers(
     labels: list,              # class ids, or lists of 0 and 1
     names: list[str],          # of the classes
     multilabel: bool = False,  # every class is a yes or no
-) -> dict:                     # accuracy (of yes and no: of all answers, and F1), how often each class is the answer, and of two classes the area under the ROC curve
+) -> tuple[dict, list]:        # accuracy (of yes and no: of all answers, and F1), how often each class is the answer, and of two classes the area under the ROC curve; for each text the share that is right
     "What answers are worth, however they came about."
-    metrics = dict(accuracy=float(np.mean(_answers(logits, labels, multilabel))))
+    right = _answers(logits, labels, multilabel)
+    metrics = dict(accuracy=float(np.mean(right)))
     if not multilabel:
         metrics['answered'] = {name: float((logits.argmax(-1) == c).float().mean()) for c, name in enumerate(names)}
         if len(names) == 2 and len(set(labels)) == 2: metrics['auc'] = float(roc_auc_score(labels, logits[:, 1] - logits[:, 0]))
     for kind in ('micro', 'macro') if multilabel else ():
         metrics[f'f1_{kind}'] = float(f1_score(np.array(labels) > .5, (logits > 0).numpy(), average=kind, zero_division=0))
-    return metrics
+    return metrics, right
 
 def _judge(setup, judged) -> tuple[dict, list]:
-    "What the answers to the test texts are worth, and for each text the share that is right."
-    logits, labels = predict_dense(judged, setup.tokens['test'], setup.collator), setup.tokens['test']['labels'][:]
-    return judge_answers(logits, labels, setup.names, setup.multilabel), _answers(logits, labels, setup.multilabel)
+    "`judge_answers` on the test texts."
+    test = setup.tokens['test']
+    return judge_answers(predict_dense(judged, test, setup.collator), test['labels'][:], setup.names, setup.multilabel)
 
 def _answers(logits, labels, multilabel) -> list:
     "For each text 1 or 0, or the share of its yes and no that are right."

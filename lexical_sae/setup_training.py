@@ -165,7 +165,7 @@ def common_arguments(setup: Setup) -> dict:
     config, plain = setup.config, {f.name for f in fields(TrainingArguments)}
     given = RECIPE | dict(per_device_train_batch_size=setup.batch_size, gradient_accumulation_steps=setup.accumulation,
         learning_rate=config.learning_rate or 1e-4, bf16=has_bfloat16(setup.model.device),
-        save_strategy='no', report_to='none', disable_tqdm=True, seed=config.seed, use_cpu=not torch.cuda.is_available(),
+        save_strategy='no', report_to='none', disable_tqdm=True, seed=config.seed, use_cpu=setup.model.device.type == 'cpu',
         remove_unused_columns=False) | {
         k: v for k, v in config.training.items() if k in plain}
     steps = given['num_train_epochs']*len(setup.tokens['train'])/setup.batch_size/given['gradient_accumulation_steps']

@@ -131,7 +131,9 @@ def start_head(
         state = model.classify(model.encode(*(batch[k].to(model.device) for k in ('input_ids', 'attention_mask'))))
         fitter.update(state.sparse_vector, batch['labels'])
     model.train(was_training)
-    return fitter.fit(seed)
+    begun = fitter.fit(seed)
+    if model.senses is not None: unfold_head(model)                      # slots of a word share its embedding: only columns of their own let them part
+    return begun
 
 def unfold_head(model: LexicalSAE):
     "Multiply the factors out: the published form of the model, one number for each word and unit."

@@ -204,26 +204,38 @@ def _cosine_right(cosine, same, words):
     return right
 
 def measure_wic(
-    model: LexicalSAE,          # senses are started here: a model without slots will do
+    model: LexicalSAE,          # with senses: judged on the words that have slots; without: slots are started here, for every word
     pairs: list[WicPair],
-    num_senses: int = 2,
-    texts: list[str]|None = None,  # further unlabelled contexts
+    num_senses: int = 2,        # of a model without
+    texts: list[str]|None = None,  # further unlabelled contexts, for a model without
     seed: int = 0,
     batch_size: int = 64,
-) -> WordInContext:
-    "Slots from contexts alone, judged on Word-in-Context."
+) -> WordInContext:             # ValueError where no pair can be judged
+    "Word-in-Context by slots: a model's own, or slots from contexts alone."
     if not pairs: raise ValueError("There is no pair: give at least one.")
     flat = [(s, p.word) for p in pairs for s in (p.first, p.second)]
     h, found = context_states(model, [s for s, _ in flat], [w for _, w in flat], batch_size)
     h, found = h.view(len(pairs), 2, -1), found.view(-1, 2).all(1)       # [n,2,D], [n]
-    by_word, slots = {}, {}
-    for i in found.nonzero()[:, 0].tolist(): by_word.setdefault(pairs[i].word, []).append(i)
-    for word, rows in tqdm(by_word.items(), desc='slots', mininterval=5):
-        more = None if texts is None else _contexts_of(model, word, texts, 200)
-        slots |= zip(rows, _same_slot(h[rows], num_senses, more, seed))
-    if not slots: raise ValueError("No word was found in both of its sentences often enough: give more pairs, or further texts.")
+    here, slots = found.nonzero()[:, 0].tolist(), {}
+    if model.senses is not None:
+        slots = _own_slots(model, h, {i: normalise_word(pairs[i].word) for i in here})
+        if not slots: raise ValueError("No word of the pairs has slots in this model: expand some of them, or give a model without senses.")
+    else:
+        by_word = {}
+        for i in here: by_word.setdefault(pairs[i].word, []).append(i)
+        for word, rows in tqdm(by_word.items(), desc='slots', mininterval=5):
+            more = None if texts is None else _contexts_of(model, word, texts, 200)
+            slots |= zip(rows, _same_slot(h[rows], num_senses, more, seed))
+        if not slots: raise ValueError("No word was found in both of its sentences often enough: give more pairs, or further texts.")
     used = list(slots)
     return _judge(pairs, used, slots, F.cosine_similarity(h[used, 0], h[used, 1], dim=-1).double().numpy())
+
+@torch.no_grad()
+def _own_slots(model, h, words):                                         # h [n,2,D], words: row -> word
+    "For each row whose word has slots, whether the same one wins in both contexts."
+    names, senses = model.words, model.senses
+    place = {names[j].rpartition('#')[0]: m for m, j in enumerate(senses.word_ids.tolist())}
+    return {i: bool(senses.choose(h[i].to(senses.keys.device))[:, place[w]].unique().numel() == 1) for i, w in words.items() if w in place}
 
 def _same_slot(h, num_senses, more, seed):                               # h [n,2,D], more [m,D]
     "For each pair of contexts of one word whether the same slot wins; nothing where there are too few contexts."

@@ -341,6 +341,19 @@ def test_backbones_from_random_folders(tmp_path, tokenizer):
     assert all(found['metrics'][n]['identity_error'] <= 1e-5 and found['metrics'][n]['layers'] >= 1 for n in ('bert', 'electra'))
 
 @pytest.mark.slow
+def test_word_in_context_with_slots_from_a_task(tmp_path):
+    "Slots are given to the words that occur, and judged before and after training."
+    rows = [dict(text=t, label=('neg', 'pos')[l]) for t, l in zip(TEXTS*6, LABELS*6)]
+    (tmp_path/'train.jsonl').write_text('\n'.join(map(json.dumps, rows))); (tmp_path/'test.jsonl').write_text('\n'.join(map(json.dumps, rows[:8])))
+    pairs = [dict(text=w, sentence1=TEXTS[0], sentence2=TEXTS[i], label=i % 2) for i in (2, 3) for w in ('bank', 'zebra')]
+    (tmp_path/'wic.jsonl').write_text('\n'.join(map(json.dumps, pairs)))
+    found = experiment(tmp_path, notebook='word_in_context', experiment_name='w', dataset_name='toy', source=str(tmp_path), wic=str(tmp_path/'wic.jsonl'), min_texts=3,
+                       max_length=32, training=dict(num_train_epochs=1, warmup_steps=1))
+    metrics = found['metrics']
+    assert metrics['words_with_slots'] == 1 and metrics['pairs_asked'] == metrics['before']['pairs'] == metrics['after']['pairs'] == 2
+    assert metrics['identity_error'] <= 1e-5
+
+@pytest.mark.slow
 def test_long_context_from_a_random_model(tmp_path, tokenizer):
     build(tokenizer, LexicalSAEForSequenceClassification, label_names=['neg', 'pos']).save_pretrained(tmp_path/'model')
     rows = [dict(text=t, label=('neg', 'pos')[l]) for t, l in zip(TEXTS, LABELS)]

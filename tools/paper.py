@@ -21,7 +21,8 @@ from run_experiment import split_changes                                 # noqa:
 RUNS = ['demo', 'sst2', 'sst2_20k', 'sst2_20k_seed1', 'sst2_20k_seed2', 'sst2_20k_again', 'sst2_20k_binding', 'ag_news', 'imdb', 'banking77',
         *(f'{x}_exemplars' for x in ('sst2', 'ag_news', 'imdb', 'banking77')), 'sst2_20k_dials', 'ablation', 'ablation_seed1', 'ablation_seed2', 'ablation_head_start', 'robustness',
         'conll2003', *(f'conll2003_4k_{x}' for x in ('seed0', 'seed1', 'seed2', 'free', 'middle', 'tight')),
-        'toxicity', 'toxicity_seed1', 'toxicity_seed2', 'toxicity_classifier', 'faithfulness', 'faithfulness_sst2', 'faithfulness_movies', 'faithfulness_toxicity', 'comparison', 'long_context']
+        'toxicity', 'toxicity_seed1', 'toxicity_seed2', 'toxicity_classifier', 'faithfulness', 'faithfulness_sst2', 'faithfulness_movies', 'faithfulness_toxicity', 'comparison', 'long_context',
+        'word_in_context', 'backbones']
 
 READS = {'faithfulness': 'demo', 'faithfulness_sst2': 'sst2', 'faithfulness_movies': 'demo', 'faithfulness_toxicity': 'toxicity_classifier',
          'comparison': 'demo', 'long_context': 'demo'}                                               # experiment -> the one whose model it reads
@@ -77,8 +78,10 @@ def from_folder(name: str, root: Path|None) -> list:
     if root is None: return []
     params = yaml.safe_load((ROOT/'paper/params'/f'{name}.yaml').read_text())
     own, away = root/params.get('dataset_name', ''), params.get('elsewhere', {})
-    away = {task: str(root/task) if (root/task).is_dir() else source for task, source in away.items()}
-    return ([f'source={own}'] if 'dataset_name' in params and own.is_dir() else []) + ([f'elsewhere={json.dumps(away)}'] if away else [])
+    found = {key: str(root/Path(v).name) for key, v in params.items() if isinstance(v, str) and v.startswith('data/') and (root/Path(v).name).is_dir()}
+    if 'dataset_name' in params and own.is_dir(): found['source'] = str(own)
+    if away: found['elsewhere'] = json.dumps({task: str(root/task) if (root/task).is_dir() else source for task, source in away.items()})
+    return [f'{key}={value}' for key, value in found.items()]
 
 def run(name: str, asked: dict):
     "One experiment, after the one whose model it reads; its results are committed under its name."

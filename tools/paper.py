@@ -16,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
-from run_experiment import split_changes                                 # noqa: E402
+from run_experiment import KERNEL, split_changes                         # noqa: E402
 # in this order: later experiments read the models of earlier ones
 RUNS = ['demo', 'sst2', 'sst2_20k', 'sst2_20k_seed1', 'sst2_20k_seed2', 'sst2_20k_again', 'sst2_20k_binding', 'ag_news', 'imdb', 'banking77',
         *(f'{x}_exemplars' for x in ('sst2', 'ag_news', 'imdb', 'banking77')), 'sst2_20k_dials', 'ablation', 'ablation_seed1', 'ablation_seed2', 'ablation_head_start', 'robustness',
@@ -97,7 +97,7 @@ def draw():
     import papermill as pm
     os.environ['JUPYTER_PATH'] = str(Path(sys.prefix)/'share/jupyter')
     (ROOT/'runs').mkdir(exist_ok=True)
-    pm.execute_notebook(str(ROOT/'paper/figures.ipynb'), str(ROOT/'runs/figures.ipynb'), kernel_name='python3', cwd=str(ROOT), progress_bar=False, log_output=False, stdout_file=sys.stdout)
+    pm.execute_notebook(str(ROOT/'paper/figures.ipynb'), str(ROOT/'runs/figures.ipynb'), cwd=str(ROOT), **KERNEL)
 
 def main(*args):
     changes = [a for a in args if '=' in a]

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import papermill as pm
 import yaml
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
+KERNEL = dict(kernel_name='python3', progress_bar=False, log_output=False, stdout_file=sys.stdout,
+              config=Config(KernelManager=dict(transport='ipc')))            # not a port of the machine, which its other users could listen to
 
 def overridden(params, changes):
     "The parameters with NAME=VALUE changes, values read as YAML."
@@ -55,8 +58,7 @@ def main(params_file, *changes):
     # the kernel of this environment, whatever kernels the user has installed
     os.environ['JUPYTER_PATH'] = str(Path(sys.prefix)/'share/jupyter')
     os.environ.setdefault('PYTHONWARNINGS', 'ignore:IProgress not found')
-    try: pm.execute_notebook(str(notebook), str(out/notebook.name), parameters=params, kernel_name='python3', cwd=str(ROOT), progress_bar=False,
-                             log_output=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+    try: pm.execute_notebook(str(notebook), str(out/notebook.name), parameters=params, cwd=str(ROOT), stderr_file=sys.stderr, **KERNEL)
     except pm.PapermillExecutionError as e: sys.exit(f"The experiment failed: {e.ename}: {e.evalue}\nThe notebook up to the failing cell is {out/notebook.name}.")
     summary(out, notebook)
 

@@ -7,7 +7,7 @@ __all__ = ['ALPHAS', 'HeadStart', 'HeadStartFitter', 'start_head', 'unfold_head'
 
 # %% ../nbs/02ba_head_start.ipynb #f9ff28eb
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,14 +122,16 @@ def start_head(
     batches: Iterable[dict],    # input_ids, attention_mask, labels
     seed: int = 0,
     limit: int = 320,           # batches that are read, drawn at random: the head has D inputs, and ten thousand texts are plenty for it
+    seen: Callable[[dict, Tensor], None]|None = None,  # is handed each batch and its h [B,L,D] of the untrained model, which others may need too
 ) -> HeadStart:
     "Fit the head to the untrained model's words; call `unfold_head` after training."
     was_training, fitter, batches = model.training, HeadStartFitter(model), list(batches)
     if len(batches) > limit: batches = [batches[i] for i in np.random.default_rng(seed).choice(len(batches), limit, replace=False)]
     model.eval()
     for batch in tqdm(batches, desc='head start', mininterval=5):
-        state = model.classify(model.encode(*(batch[k].to(model.device) for k in ('input_ids', 'attention_mask'))))
-        fitter.update(state.sparse_vector, batch['labels'])
+        seq = model.encode(*(batch[k].to(model.device) for k in ('input_ids', 'attention_mask')))
+        if seen is not None: seen(batch, seq.h)
+        fitter.update(model.classify(seq).sparse_vector, batch['labels'])
     model.train(was_training)
     begun = fitter.fit(seed)
     if model.senses is not None: unfold_head(model)                      # slots of a word share its embedding: only columns of their own let them part

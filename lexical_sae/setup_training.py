@@ -36,7 +36,7 @@ from .optimisation import as_saved, automatic_batch_size, learning_rate_range_te
 from .results import atomic_write, plain
 from .targets import MULTILABEL, class_weights
 from .train import LexicalTrainer, LexicalTrainingArguments
-from .watch import ProgressLines
+from .watch import ProgressLines, ReferenceCache
 
 # %% ../nbs/02ca_setup.ipynb #c3c960fc
 RECIPE = dict(num_train_epochs=2.5, warmup_steps=100, weight_decay=.01, lr_scheduler_type='linear', train_sampling_strategy='group_by_length')
@@ -197,11 +197,12 @@ def _batches(setup, rows, limit=None):
     if limit: starts = np.random.default_rng(setup.config.seed).permutation(starts)[:limit].tolist()
     return [setup.collator([rows[j] for j in range(i, min(i + setup.batch_size, len(rows)))]) for i in starts]
 
-def _prepare(setup, args, learned):
-    "A head start, and the learning rate from a range test on what is trained then, where the config wants them."
+def _prepare(setup, args, learned, reference):
+    "A head start, and the learning rate from a range test on what is trained then, where the config wants them. What the head start reads the reference need not read again."
     config, model = setup.config, setup.model
     if config.head_start:
-        with torch.autocast(setup.model.device.type, torch.bfloat16, enabled=args.bf16): begun = start_head(model, _batches(setup, learned), config.seed)
+        with torch.autocast(setup.model.device.type, torch.bfloat16, enabled=args.bf16):
+            begun = start_head(model, _batches(setup, learned), config.seed, seen=lambda batch, h: reference.keep(h, batch['attention_mask'].to(h.device), batch['example_id']))
         print(f'head start: {begun.accuracy:.3f} of {begun.texts} training texts right without a training step', flush=True)
     if config.learning_rate is not None: return
     model.label_smoothing = args.label_smoothing
@@ -278,10 +279,11 @@ def train_model(
     set_seed(setup.config.seed)
     args, (learned, watched) = arguments_for(setup), _learned_and_watched(setup)
     checkpoint = _checkpoint_to_resume(setup, args.output_dir, args.process_index == 0)
-    _prepare(setup, args, learned)
+    reference = ReferenceCache(setup.reference, args.reference_cache_mib)
+    _prepare(setup, args, learned, reference)
     teacher = predict_dense(twin or fit_dense(setup)[0], setup.tokens['train'], setup.collator, bf16=args.bf16) if setup.config.distil else None
     set_seed(setup.config.seed)
-    trainer = LexicalTrainer(setup.model, args, setup.reference, teacher, setup.associations, train_dataset=learned, eval_dataset=watched, data_collator=setup.collator)
+    trainer = LexicalTrainer(setup.model, args, reference, teacher, setup.associations, train_dataset=learned, eval_dataset=watched, data_collator=setup.collator)
     seconds = timed(trainer, checkpoint)
     model = as_saved(trainer)
     unfold_head(model)

@@ -110,7 +110,7 @@ class LexicalTrainer(CheckpointingTrainer):
     def __init__(self,
         model: LexicalSAEForSequenceClassification,
         args: LexicalTrainingArguments,
-        reference: FrozenReference|None = None,  # default: a copy of the model as it is now
+        reference: FrozenReference|ReferenceCache|None = None,  # default: a copy of the model as it is now; a cache may have read texts already
         teacher: Tensor|None = None,             # [n,C] logits of the dense twin, by `example_id`
         associations: WordAssociations|None = None,  # of the training texts; None: no word is asked to agree with its own occurrences
         **kwargs,                                # of `transformers.Trainer`
@@ -128,7 +128,8 @@ class LexicalTrainer(CheckpointingTrainer):
         tau_scale = self._weigh_classes(model)
         said = args.evidence_weight and args.reference_share and isinstance(model, LexicalSAEForSequenceClassification) and not self.multilabel
         if reference is None and (args.anchor_weight or args.load_best_model_at_end or said): reference = FrozenReference.of(model)
-        self.reference = ReferenceCache(reference.to(args.device), args.reference_cache_mib) if reference is not None else None
+        if isinstance(reference, FrozenReference): reference = ReferenceCache(reference, args.reference_cache_mib)
+        self.reference = reference.to(args.device) if reference is not None else None
         tau = None if args.target_accuracy is None else tau_scale*tau_from_accuracy(args.target_accuracy, model.config.num_labels, args.label_smoothing, self.multilabel)
         self.geco = GECOController(tau, args.dual_rate, active_target=args.active_target, relax=args.tau_relax, window=max(20, min(200, self._epoch_steps())))
         self.start_theta = model.config.start_theta or model.activation.theta.median().item()    # not noted by earlier versions

@@ -31,6 +31,11 @@ class ReferenceCache:
     def __init__(self, reference: FrozenReference, limit_mib: int = 2048):
         self.reference, self.room, self.store = reference, limit_mib*2**20, {}
 
+    def to(self, device: str|torch.device) -> 'ReferenceCache':
+        "The reference on a device; what is remembered stays in the machine's memory."
+        self.reference.to(device)
+        return self
+
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, example_id: Tensor|None = None) -> Tensor:  # [B,L,D]
         "h of the untrained model for this batch; nothing is remembered without ids."
         ids = None if example_id is None else example_id.tolist()
@@ -42,11 +47,12 @@ class ReferenceCache:
         h = self.reference.encode(input_ids, attention_mask)
         if ids is None: return h
         h = h.to(torch.bfloat16)
-        self._keep(ids, h, attention_mask)
+        self.keep(h, attention_mask, example_id)
         return h
 
-    def _keep(self, ids, h, attention_mask):
-        real = attention_mask.bool()
+    def keep(self, h: Tensor, attention_mask: Tensor, example_id: Tensor):        # [B,L,D]; [B,L]; [B]
+        "Remember what the untrained model made of texts, whoever has read them with it."
+        h, real, ids = h.to(torch.bfloat16), attention_mask.bool(), example_id.tolist()
         wanted = {}                                                      # id -> (which of the batch, its positions)
         for which, (i, n) in enumerate(zip(ids, real.sum(1).tolist())):
             size = n*h.shape[-1]*h.element_size()

@@ -13,8 +13,9 @@ from lexical_sae.explainers import WORD_METHODS, Reader, compare_explainers
 from lexical_sae.grounding import FrozenReference, measure_grounding
 from lexical_sae.model import LexicalSAEForSequenceClassification
 from lexical_sae.setup_training import TrainingConfig, arguments_for, fit_dense, set_up, setup_and_train
-from lexical_sae.setup_training import _twin_key
+from lexical_sae.setup_training import _learned_and_watched, _prepare, _twin_key
 from lexical_sae.surgery import SuppressedModel
+from lexical_sae.watch import ReferenceCache
 
 @pytest.fixture
 def csv(tmp_path):
@@ -62,6 +63,17 @@ def test_the_reference_says_the_same_words_wherever_the_gates_start():
     auto, number = (LexicalSAEForSequenceClassification.from_backbone(str(offline_backbone()), num_labels=2, init_threshold=start) for start in ('auto', 1.))
     assert number.activation.theta[0].item() == pytest.approx(1.)
     assert number.config.start_theta + auto.logit_shift.item() == pytest.approx(auto.config.start_theta) and number.config.start_theta > 2
+
+def test_what_the_head_start_reads_the_reference_need_not_read(csv):
+    "And it is what the reference would have said, as far as bfloat16 goes."
+    setup = set_up(config(csv))
+    learned, cache = _learned_and_watched(setup)[0], ReferenceCache(setup.reference)
+    _prepare(setup, arguments_for(setup), learned, cache)
+    batch = setup.collator(list(learned))
+    expected, mask = setup.reference.encode(batch['input_ids'].to(setup.model.device), batch['attention_mask'].to(setup.model.device)), batch['attention_mask'].bool()
+    setup.reference.encode = None                                        # nobody may ask it
+    found = cache(batch['input_ids'], batch['attention_mask'], batch['example_id'])
+    assert torch.allclose(found[mask].float(), expected.cpu()[mask], rtol=.02, atol=.02)
 
 def test_words_that_are_not_read_are_no_words_of_the_text():
     model = LexicalSAEForSequenceClassification.from_backbone(str(offline_backbone()), num_labels=2, initial_words=60, classifier_hidden=0)

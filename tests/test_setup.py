@@ -75,6 +75,12 @@ def test_what_the_head_start_reads_the_reference_need_not_read(csv):
     found = cache(batch['input_ids'], batch['attention_mask'], batch['example_id'])
     assert torch.allclose(found[mask].float(), expected.cpu()[mask], rtol=.02, atol=.02)
 
+def test_a_run_that_never_asks_the_reference_keeps_nothing_for_it(csv):
+    setup = set_up(config(csv, training=dict(anchor_weight=0., reference_share=0.)))
+    cache = ReferenceCache(setup.reference)
+    _prepare(setup, arguments_for(setup), _learned_and_watched(setup)[0], cache)
+    assert not cache.store
+
 def test_words_that_are_not_read_are_no_words_of_the_text():
     model = LexicalSAEForSequenceClassification.from_backbone(str(offline_backbone()), num_labels=2, initial_words=60, classifier_hidden=0)
     with torch.no_grad(): model.head.fc2.weight.normal_()

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import DatasetDict
+from sklearn.isotonic import isotonic_regression
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor
 
@@ -171,20 +172,29 @@ def draw_frontier(
     table: pd.DataFrame,             # one row an arm, one of them the dense twin: accuracy, active_dims, and the share
     share: str = 'reference_share',  # or "input_share"
     dense: str = 'dense',            # the twin's row
+    score: str = 'accuracy',         # or "auc"
     ax=None,                         # matplotlib axes; None: new ones
 ):                                   # the axes; right is better grounded, up is more accurate; a point's area is its open words
-    "What meaning costs: accuracy less the dense twin's against the share of the explanation that is grounded."
+    "What meaning costs: accuracy, or the area under the ROC curve, less the dense twin's against the share of the explanation that is grounded."
     import matplotlib.pyplot as plt
     ax, arms = ax or plt.subplots(figsize=(7.5, 4))[1], table.drop(index=dense)
-    x, y = arms[share].astype(float), 100*(arms.accuracy.astype(float) - table.accuracy[dense])
+    x, y = arms[share].astype(float), 100*(arms[score].astype(float) - table[score][dense])
     ax.scatter(x, y, s=2*arms.active_dims.astype(float).clip(upper=300), color='#2166ac', alpha=.4, lw=0)
-    for arm in arms.index:                                               # its name on the side away from the point next to it in height
-        near = (y.drop(arm) - y[arm]).abs().sort_values().index[:1]
-        side = -1 if len(near) and x[arm] < x[near[0]] else 1
-        ax.annotate(arm, (x[arm], y[arm]), fontsize=7, xytext=(9*side, 0), textcoords='offset points', ha={1: 'left', -1: 'right'}[side], va='center')
-    ax.axhline(0, color='0.7', lw=.8); ax.margins(x=.3)
-    ax.set(xlabel=share.replace('_', ' '), ylabel='accuracy minus dense, points')
+    ax.axhline(0, color='0.7', lw=.8)
+    low, high = ax.get_ylim()
+    line = 7.5/72/(ax.figure.get_figheight()*ax.get_position().height)   # of a name, as a share of the axes
+    for arm, at in zip(arms.index, _apart((y - low)/(high - low), line)):     # names stand beside the axes, where they do not hide each other
+        ax.annotate(arm, (x[arm], y[arm]), (1.04, at), textcoords='axes fraction', fontsize=6, va='center', arrowprops=dict(arrowstyle='-', lw=.3, color='0.6', shrinkA=0, shrinkB=0))
+    ax.set(xlabel=share.replace('_', ' '), ylabel=f"{dict(auc='AUC').get(score, score)} minus dense, points", ylim=(low, high))
     return ax
+
+def _apart(heights, line: float) -> np.ndarray:
+    "The heights moved as little as is needed, in the least squares, for each to be a line from the next."
+    heights = np.asarray(heights, float)
+    order, lines = heights.argsort(kind='stable'), line*np.arange(len(heights))
+    moved = np.empty_like(heights)
+    moved[order] = isotonic_regression(heights[order] - lines) + lines
+    return moved
 
 def right_of(folder: str|Path, task: str|None = None) -> np.ndarray:  # [n] 0 or 1
     "Which test texts an arm classified correctly, of its own task or another's, for paired comparisons."

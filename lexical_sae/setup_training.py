@@ -203,7 +203,7 @@ def _prepare(setup, args, learned, reference):
     def remember(batch, h): reference.keep(h, batch['attention_mask'].to(h.device), batch['example_id'])
     if config.head_start:                                                # exemplars never ask the reference: nothing is kept for them
         with torch.autocast(setup.model.device.type, torch.bfloat16, enabled=args.bf16):
-            begun = start_head(model, _batches(setup, learned), config.seed, seen=remember if args.anchor_weight or args.evidence_weight and args.reference_share else None)
+            begun = start_head(model, _batches(setup, learned), config.seed, seen=remember if args.asks_reference(evidence=not setup.multilabel) else None)
         print(f'head start: {begun.accuracy:.3f} of {begun.texts} training texts right without a training step', flush=True)
     if config.learning_rate is not None: return
     model.label_smoothing = args.label_smoothing

@@ -97,6 +97,10 @@ class LexicalTrainingArguments(TrainingArguments):
     @property
     def schedule_free(self) -> bool: return str(getattr(self.optim, 'value', self.optim)) == 'schedule_free_adamw'
 
+    def asks_reference(self, evidence: bool = True) -> bool:
+        "Whether a loss asks the frozen reference; `evidence`: contributions to one class can be asked for, as they cannot for tags and for a yes or no."
+        return bool(self.anchor_weight or evidence and self.evidence_weight and self.reference_share)
+
 # %% ../nbs/02c_train.ipynb #16052c42
 _LOOK_EVERY, _LOOK_BATCHES = 10, 3   # steps between two looks at held-out texts; batches that take turns
 _CLOSED_STEPS = 10                   # in a row without an open word: nothing brings them back
@@ -126,8 +130,8 @@ class LexicalTrainer(CheckpointingTrainer):
             raise ValueError("mlm_weight needs a mask token: set model.tokenizer to one that has it, or mlm_weight=0.")
         model.label_smoothing, self.multilabel = args.label_smoothing, is_multilabel(model.config)
         tau_scale = self._weigh_classes(model)
-        said = args.evidence_weight and args.reference_share and isinstance(model, LexicalSAEForSequenceClassification) and not self.multilabel
-        if reference is None and (args.anchor_weight or args.load_best_model_at_end or said): reference = FrozenReference.of(model)
+        asks = args.asks_reference(evidence=isinstance(model, LexicalSAEForSequenceClassification) and not self.multilabel)
+        if reference is None and (asks or args.load_best_model_at_end): reference = FrozenReference.of(model)
         if isinstance(reference, FrozenReference): reference = ReferenceCache(reference, args.reference_cache_mib)
         self.reference = reference.to(args.device) if reference is not None else None
         tau = None if args.target_accuracy is None else tau_scale*tau_from_accuracy(args.target_accuracy, model.config.num_labels, args.label_smoothing, self.multilabel)
@@ -247,7 +251,7 @@ def loss_terms(self: LexicalTrainer, outputs, inputs, example_id=None) -> dict:
     if self.teacher is not None: terms['distillation'] = self._distil(state.logits, self.teacher[example_id])
     asked = self.state.global_step >= args.grounding_from*self.state.max_steps
     evidence = asked and args.evidence_weight and not self.multilabel
-    heard = asked and self.reference is not None and (args.anchor_weight or evidence and args.reference_share)
+    heard = asked and self.reference is not None and args.asks_reference(evidence)
     opened = self._hear(state, inputs, example_id) if heard else None
     if heard and args.anchor_weight: terms['anchor'] = self._anchor(opened, inputs)
     if evidence: terms['evidence'] = self._evidence(state, inputs, opened)

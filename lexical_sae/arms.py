@@ -80,10 +80,16 @@ def measure_elsewhere(
         data = load_task(name, source, test_samples=samples)
         classes = class_names_of(data['test'])
         if len(classes) != len(setup.names): raise ValueError(f"{name} has {len(classes)} classes, the model {len(setup.names)}: choose a task with the same classes.")
+        if [c for i, c in enumerate(classes) if any(_alike(c, own) for own in setup.names) and not _alike(c, setup.names[i])]:
+            raise ValueError(f"{name} has the classes {', '.join(classes)}, the model {', '.join(setup.names)}: bring them into the same order.")
         if has_several_labels(data['test']) != setup.multilabel: raise ValueError(f"{name} and the model differ in whether classes overlap: choose a task with the same classes.")
         tokens = tokenize_texts(DatasetDict(test=data['test']), setup.model.tokenizer, max_length)['test']
         found[name] = _answers(predict(tokens), tokens['labels'][:], setup.multilabel)
     return found
+
+def _alike(a, b):
+    "neg and Negative."
+    return a.lower().startswith(b.lower()) or b.lower().startswith(a.lower())
 
 class _LogitsOnly:
     "A model as `predict_dense` sees one."
@@ -111,8 +117,9 @@ def run_arm(
     out, parameters = Path(config.output_dir), {k: v for k, v in asdict(config).items() if k not in ('output_dir', 'source', 'twin')} | {'dense_alone': dense, 'defaults': training_defaults()}
     if (out/'results.json').exists():
         found = read_results(out)
-        known = found['parameters'] | {'defaults': plain(parameters['defaults']) | found['parameters'].get('defaults', {})}     # knobs that earlier versions did not note, or did not have, were off
-        changed = sorted(k for k, v in parameters.items() if known.get(k) != plain(v))
+        def flat(parameters): return {k: v for k, v in parameters.items() if k != 'defaults'} | {f'default {k}': v for k, v in parameters.get('defaults', {}).items()}
+        known, asked = flat(found['parameters']), flat(plain(parameters))
+        changed = sorted(k for k, v in asked.items() if k not in known or known[k] != v)        # what an earlier version did not note may have been anything
         if changed: raise ValueError(f"{out.name} was run with another {changed[0]}: choose another output_dir, or remove its folder.")
         untested = [task for task in elsewhere or {} if not (out/f'right_{task}.json').exists()]
         if untested: raise ValueError(f"{out.name} was not tested on {untested[0]}: remove its folder, and it is run again with it.")

@@ -48,7 +48,7 @@ class DenseClassifier(nn.Module):
 # %% ../nbs/02d_dense.ipynb #1b9ecd61
 class DenseTrainer(Trainer):
     "The plain Trainer with the head's own learning rate."
-    def __init__(self, *args, head_multiplier: float = 5., **kwargs):
+    def __init__(self, *args, head_multiplier: float = 10., **kwargs):
         self.head_multiplier = head_multiplier
         super().__init__(*args, **kwargs)
 

@@ -14,7 +14,7 @@ from torch import nn
 from .activation import Gate
 
 # %% ../nbs/02ac_level.ipynb #f7b04ef0
-_FIRST = 20   # steps whose mean is k0: a single batch may hold the longest texts
+_FIRST = 20   # steps whose mean is k0: single batches differ too much
 
 class LevelController(nn.Module):
     "Moves all thresholds by one factor, so that the open words follow a schedule from k0 to K (compare 1710.01878)."

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .geco import word_excess
 from .activation import Gate
 from .dla import CircuitState, circuit_mask
 
@@ -24,7 +25,7 @@ def band_weight(
     active_target: float,  # K
 ) -> float:                # in [0,1]
     "No pressure at or below K words, full pressure a factor e above."
-    return min(1., max(0., math.log(max(active, 1e-9)/active_target)))
+    return word_excess(active, active_target)
 
 def sparsity_loss(
     z_max: Tensor,  # [B,V]

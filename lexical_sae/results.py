@@ -76,7 +76,7 @@ METRICS = {  # the same name means the same thing in every file
     'lexicon_agreement': 'share that agrees with an outside lexicon (sentiment only)',
     'bias_share': 'share of the logit that no word carries',
     'words_ever_active': 'words that were open in at least one held-out text',
-    'step_seconds': 'mean wall time of an optimiser step',
+    'step_seconds': 'wall time of training over its optimiser steps, looks at held-out texts and checkpoints included',
     'evaluation_seconds': 'wall time of each tier of the evaluation',
 }
 

@@ -40,7 +40,9 @@ from .watch import ProgressLines, ReferenceCache
 
 # %% ../nbs/02ca_setup.ipynb #c3c960fc
 RECIPE = dict(num_train_epochs=2.5, warmup_steps=100, weight_decay=.01, lr_scheduler_type='linear', train_sampling_strategy='group_by_length')
-OURS = dict(head_multiplier=2., gate_learning_rate=2e-3, anchor_weight=2.)   # a head that was fitted first needs no haste
+OURS = dict(head_multiplier=2.,          # a head that was fitted first needs no haste
+    gate_learning_rate=2e-3,             # words may part from the common level by factors, and the level control makes up for what they do together
+    anchor_weight=2.)
 DENSE = dict(learning_rate=1e-4, head_multiplier=10.)   # of the dense twin, whose head starts at random: at three times this rate it does not learn
 
 @dataclass

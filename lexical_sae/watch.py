@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from .dla import CircuitState, circuit_state
-from .geco import has_price
+from .geco import price_of
 from .grounding import FrozenReference, centred_contributions, said_by_reference
 from .model import LexicalSAE
 from .targets import classification_loss, is_multilabel, right_answers
@@ -196,8 +196,9 @@ def price_from_log(
     seen = [h for h in history if 'tau' in h and 'lambda' in h]
     if not seen: return None
     last, lambdas = seen[-1], [h['lambda'] for h in seen]
-    cost = f"lambda rose to {max(lambdas):.2f} and ended at {last['lambda']:.2f}: the constraint binds" if has_price(lambdas) else \
-        f"lambda stayed at {max(lambdas):.2f}: the constraint cost nothing (a higher target_accuracy or fewer words would give it a price)"
+    price = price_of(lambdas)
+    cost = f"lambda stayed at {max(lambdas):.2f}: the constraint cost nothing (a higher target_accuracy or fewer words would give it a price)" if price == 'is slack' else \
+        f"lambda rose to {max(lambdas):.2f} and ended at {last['lambda']:.2f}: the constraint {price}"
     return cost + (f"; {last['dead']:,} words that the first batch opened have fallen silent" if last.get('dead') else '')
 
 class ConstrainedStopping(TrainerCallback):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['measure_trained', 'judge_answers', 'measure_elsewhere', 'train_dense', 'run_arm', 'shared_defaults', 'shared_machine',
-           'arms_table', 'draw_frontier', 'right_of']
+           'arms_table', 'arms_of', 'draw_frontier', 'right_of']
 
 # %% ../nbs/02cb_arms.ipynb #c4638ea3
 import json
@@ -174,6 +174,22 @@ def arms_table(
             gap = paired_bootstrap(right_of(folder), right_of(done[against]))
             rows[name] |= {f'minus {against}': gap.mean, 'low': gap.low, 'high': gap.high}
     return pd.DataFrame.from_dict(rows, orient='index')
+
+def arms_of(
+    results: Iterable[dict],   # of `ablation`, one or several seeds each
+) -> pd.DataFrame:             # one row an arm and seed: its numbers; `TASK, minus dense` with `low` and `high`, and `auc, minus dense`
+    "Arms of committed results, each against the dense twin of its seed."
+    rows = []
+    for result in results:
+        for name, m in result['metrics'].items():
+            if 'accuracy' not in m: continue                             # it stopped by itself
+            arm, seed = name.rsplit(', seed ', 1)
+            row = dict(arm=arm, seed=int(seed)) | {k: v for k, v in m.items() if isinstance(v, (int, float))}
+            for task, gap in m.get('minus_dense', {}).items(): row |= {f'{task}, minus dense': gap['mean'], f'{task}, low': gap['low'], f'{task}, high': gap['high']}
+            twin = result['metrics'].get(f'dense, seed {seed}', {})
+            if 'auc' in m and 'auc' in twin: row['auc, minus dense'] = m['auc'] - twin['auc']
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 def draw_frontier(
     table: pd.DataFrame,             # one row an arm, one of them the dense twin: accuracy, active_dims, and the share

@@ -293,7 +293,7 @@ def _hear(self: LexicalTrainer, state, inputs, example_id=None):
 
 @patch
 def _anchor(self: LexicalTrainer, opened, inputs):
-    "Excess of a word over the loudest that the reference says it anywhere in the text."
+    "Excess of a word over the loudest that the reference says it anywhere in the text; a mean over positions (attention) hardly ever exceeds that."
     _, z, mask, z0 = opened
     keep = self._net.keep_mask(inputs['input_ids'], inputs['attention_mask'])
     loudest = z0.masked_fill(~keep[:, None], -torch.inf).amax(-1)                                             # [B,K]

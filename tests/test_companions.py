@@ -76,6 +76,15 @@ def test_attribution_through_the_autoencoder_is_exact_about_the_substitute_only(
     with pytest.raises(ValueError, match='at least two'): measure_sae(sae, head, x[:1], [0])
     assert row.attribution_worst == pytest.approx(relative_gap(head(x), state.attribution(), state.b_eff).max().item(), rel=1e-4)
 
+def test_accuracies_are_told_in_one_precision():
+    "Where the explanation is right as often as the model, nothing is lost: not a rounding."
+    x, head = torch.randn(49, 8, generator=torch.Generator().manual_seed(0)), nn.Linear(8, 3)
+    sae = fit_sae(x, 3, 'topk', 16, steps=30, progress=False)
+    with torch.no_grad(): own, told = head(x).argmax(-1), sae_state(sae, head, x).logits.argmax(-1)
+    agreed = (own == told).nonzero()[:, 0][0].item()
+    labels = [3]*49; labels[agreed] = own[agreed].item()                 # both are right about one text, and no other
+    assert measure_sae(sae, head, x, labels).accuracy_loss == 0.
+
 def test_pooled_states_follow_the_order_of_the_texts(tokenizer):
     torch.manual_seed(0)
     dense = DenseClassifier(BertModel(config(), add_pooling_layer=False), 2).eval()

@@ -263,12 +263,14 @@ def test_loudest_slot_has_the_words_full_magnitude(tokenizer):
 
 def test_expanded_models_train_measure_and_ground(tokenizer):
     made = build(tokenizer, LexicalSAEForSequenceClassification)
-    opened = (classified(made).sparse_vector > 0).sum(0).topk(5).indices.tolist()
+    opened, plain = (classified(made).sparse_vector > 0).sum(0).topk(5).indices.tolist(), FrozenReference.of(made)
     expand_senses(made, opened, TEXTS).train()
+    known = FrozenReference(plain.backbone, plain.shift, made.base_ids)  # as the experiment does: no second copy of the weights
     out = made(**made.batch(TEXTS), labels=torch.tensor(LABELS))
     out.loss.backward()
     assert made.senses.keys.grad.abs().sum() > 0 and torch.isfinite(made.senses.keys.grad).all()
     found = measure_grounding(made.eval(), TEXTS, LABELS, FrozenReference.of(made))
+    assert measure_grounding(made, TEXTS, LABELS, known) == found
     assert found.identity_error <= 1e-5 and found.active_dims > 0
     assert measure_layers(made, TEXTS, methods=('lens',))['lens'].remainder_share < 1e-4
     with pytest.raises(ValueError, match='without TopK and senses'): classify_windows(made, TEXTS[0])
@@ -359,6 +361,7 @@ def test_word_in_context_with_slots_from_a_task(tmp_path):
     found = experiment(tmp_path, notebook='word_in_context', experiment_name='w', dataset_name='toy', source=str(tmp_path), wic=str(tmp_path/'wic.jsonl'), min_texts=3,
                        max_length=32, training=dict(num_train_epochs=1, warmup_steps=1))
     metrics = found['metrics']
+    assert metrics['after_minus_before']['size'] == 2 and metrics['after_minus_before']['mean'] == metrics['after']['slot_accuracy'] - metrics['before']['slot_accuracy']
     assert metrics['words_with_slots'] == 1 and metrics['pairs_asked'] == metrics['before']['pairs'] == metrics['after']['pairs'] == 2
     assert metrics['identity_error'] <= 1e-5
 

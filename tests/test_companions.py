@@ -335,6 +335,21 @@ def test_backbones_follow_the_classification_recipe():
     assert len(same) > 20 and {k: getattr(args, k) for k in same} == {k: theirs[k] for k in same}
     assert (theirs['dense_head_multiplier'], theirs['validation_samples']) == (DENSE['head_multiplier'], config.validation_samples)
 
+def test_a_backbone_is_refused_before_training_only(tmp_path):
+    "What fails in a training is no refusal of the backbone: it stops the run."
+    cells = [''.join(c['source']) for c in json.loads((ROOT/'nbs/experiments/backbones.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
+    loop = next(c for c in cells if c.startswith('metrics, refused = '))
+    def set_up(name):
+        if name == 'decoder': raise ValueError('reads one side only')
+        return name
+    def measure(setup): raise RuntimeError('the loss is not finite')
+    import gc, tempfile
+    given = dict(gc=gc, tempfile=tempfile, Path=Path, out=tmp_path, say=lambda *_: None, config_of=lambda name, *_: name, set_up=set_up, dense=False)
+    with pytest.raises(RuntimeError, match='not finite'): exec(loop, given | dict(backbones=['decoder', 'bert'], measure=measure))
+    ran = given | dict(backbones=['decoder', 'bert'], measure=lambda setup: dict(accuracy=1., active_dims=1., identity_error=0.))
+    exec(loop, ran)
+    assert ran['refused'] == {'decoder': 'reads one side only'} and ran['metrics']['decoder'] is None and ran['metrics']['bert']['accuracy'] == 1.
+
 @pytest.mark.slow
 def test_backbones_from_random_folders(tmp_path, tokenizer):
     "Two random models and a decoder, which is refused while the others go on."

@@ -1,18 +1,23 @@
 "Chapters 05c to 05g and the senses: error sentences, edge cases and regressions that the chapters leave out."
+import gc
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
+from lexical_sae import layerwise, scaling
 from lexical_sae.baselines import Baselines, PostHocSAE, fit_bag_of_words, fit_sae, measure_baselines, measure_model, measure_sae, pooled_states, sae_state
 from lexical_sae.dense import DenseClassifier
 from lexical_sae.dla import identity_error, relative_gap
@@ -21,7 +26,8 @@ from lexical_sae.layerwise import METHODS, edited_layers, find_layers, layer_con
 from lexical_sae.long_context import PeakMemory, classify_windows, hide_needle, measure_long_context, pool_windows, windows_of
 from lexical_sae.backbone import sample_sentences
 from lexical_sae.model import LexicalSAE, LexicalSAEConfig, LexicalSAEForSequenceClassification
-from lexical_sae.polysemy import WicPair, _contexts_of, expand_senses, load_wic, measure_wic, most_varied_words
+from lexical_sae.polysemy import WicPair, _contexts_of, _judge, expand_senses, load_wic, measure_wic, most_varied_words
+from lexical_sae.results import PairedDifference
 from lexical_sae.scaling import (ScalingFitter, best_probe, compute_ablation_sparsity, compute_downstream_loss, logistic_probes, measure_scaling,
                                  removal_effects)
 from lexical_sae.senses import SenseExpander
@@ -299,7 +305,6 @@ def test_varied_words_are_read_without_dropout(model):
     assert seen == [False] and model.training
 
 def test_wic_reads_paths_and_refuses(tmp_path, model):
-    import pandas as pd
     frame = pd.DataFrame(dict(text=['bank']*2, sentence1=[TEXTS[0]]*2, sentence2=TEXTS[2:], label=[0, 1]))
     frame.to_parquet(tmp_path/'train.parquet')
     assert load_wic(tmp_path)[1] == WicPair('bank', TEXTS[0], TEXTS[3], True)
@@ -307,6 +312,32 @@ def test_wic_reads_paths_and_refuses(tmp_path, model):
     with pytest.raises(ValueError, match='no Word-in-Context pairs'): load_wic(tmp_path/'other.csv')
     with pytest.raises(ValueError, match='no pair'): measure_wic(model, [])
     with pytest.raises(ValueError, match='No word was found'): measure_wic(model, [WicPair('zebra', 'a', 'b', True)])
+
+# ---- tables of the paper ------------------------------------------------------------------------------------------
+def tabled(cell, metrics):
+    "What a cell of the figures' notebook tables of a result with these metrics."
+    source = next(''.join(c['source']) for c in json.loads((ROOT/'paper/figures.ipynb').read_text())['cells'] if c['id'] == cell)
+    tables = {}
+    names = dict(vars(layerwise) | vars(scaling), pd=pd, PairedDifference=PairedDifference, needs=lambda *_: [dict(metrics=metrics)], figure=lambda _: plt.close('all'), display=lambda _: None,
+                 table=lambda frame, name: tables.setdefault(name, frame))
+    exec(source, names)
+    return tables
+
+def test_tables_read_results_of_both_ages(model, capsys):
+    "A share that earlier results took between two readings that know nothing is not shown, and their names are today's."
+    measured, layers = measure_scaling(model, TEXTS*2, LABELS*2, TEXTS, {'first': [1, 0]*4}, FrozenReference.of(model)).to_dict(), measure_layers(model, TEXTS).to_dict()
+    measured['probes'] = measured['probes'] or [dict(concept='none', loss=0.)]
+    now = tabled('486e5fe2', dict(layers=layers, scaling=measured))['scaling'].index
+    new = {f'{kind}_tokens, {k}' for kind in ('all', 'word') for k in ('recovered', 'uniform', 'reference')}
+    assert new <= set(now)
+    measured['downstream'] = {k: {n: x for n, x in v.items() if n not in ('uniform', 'reference')} if isinstance(v, dict) else v for k, v in measured['downstream'].items()}
+    earlier = tabled('486e5fe2', dict(layers=layers, scaling=measured))['scaling'].index
+    assert not new & set(earlier) and {'word_tokens, full', 'reference'} <= set(earlier)
+    judged = _judge([WicPair('bank', '', '', i < 4) for i in range(10)], range(10), [i % 3 > 0 for i in range(10)], np.arange(10.))
+    wic = dict(before=judged.to_dict(), after=judged.to_dict(), after_minus_before=vars(judged.minus(judged)))
+    assert tabled('fig-wic', wic)['word_in_context'].slot_balanced.notna().all() and 'minus before: +0.0' in capsys.readouterr().out
+    old = {when: {dict(majority='chance', slot_minus_majority='slot_minus_chance').get(k, k): v for k, v in wic[when].items() if k not in ('slot_balanced', 'slot_kappa')} for when in ('before', 'after')}
+    assert tabled('fig-wic', old)['word_in_context'].majority.tolist() == [.6, .6]
 
 # ---- experiments -----------------------------------------------------------------------------------------------
 def experiment(tmp_path, **params):
@@ -343,7 +374,6 @@ def test_a_backbone_is_refused_before_training_only(tmp_path):
         if name == 'decoder': raise ValueError('reads one side only')
         return name
     def measure(setup): raise RuntimeError('the loss is not finite')
-    import gc, tempfile
     given = dict(gc=gc, tempfile=tempfile, Path=Path, out=tmp_path, say=lambda *_: None, config_of=lambda name, *_: name, set_up=set_up, dense=False)
     with pytest.raises(RuntimeError, match='not finite'): exec(loop, given | dict(backbones=['decoder', 'bert'], measure=measure))
     ran = given | dict(backbones=['decoder', 'bert'], measure=lambda setup: dict(accuracy=1., active_dims=1., identity_error=0.))

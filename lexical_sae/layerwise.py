@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'find_layers', 'edited_layers', 'LayerContributions', 'split_by_layer', 'layer_contributions',
-           'LayerReport', 'LayerFitter', 'Layers', 'measure_layers']
+           'LayerReport', 'LayerFitter', 'Layers', 'measure_layers', 'cut_backbone']
 
 # %% ../nbs/05d_layerwise.ipynb #788deb15
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from .grounding import centred_contributions
-from .model import LexicalSAE, check_texts
+from .model import LexicalSAE, by_length, check_texts, evaluating
 
 # %% ../nbs/05d_layerwise.ipynb #1756884d
 def _hidden(value):
@@ -158,13 +159,12 @@ def layer_contributions(
 ) -> LayerContributions:
     "Each open word of a text, split by the layers that wrote it."
     _need_positions(model)
-    was_training, batch = model.training, model.batch([text])
-    model.eval()
-    with torch.no_grad(): state = model.classify(model.encode(**batch))
-    row, position, ids, part = _open_words(state, centred_contributions(state).detach())
-    order = part.abs().argsort(descending=True)
-    z, first, layers, rest = split_by_layer(model, batch, row[order], position[order], ids[order], method)
-    model.train(was_training)
+    batch = model.batch([text])
+    with evaluating(model):
+        with torch.no_grad(): state = model.classify(model.encode(**batch))
+        row, position, ids, part = _open_words(state, centred_contributions(state).detach())
+        order = part.abs().argsort(descending=True)
+        z, first, layers, rest = split_by_layer(model, batch, row[order], position[order], ids[order], method)
     return LayerContributions(tuple(model.words[j] for j in ids[order].tolist()), *(x.cpu() for x in (z, first, layers, rest, part[order])), method)
 
 def _need_positions(model):
@@ -245,10 +245,21 @@ def measure_layers(
 ) -> Layers:
     "Which layers write the words that decide; 3 N + 11 passes through a backbone of N layers for all methods."
     check_texts(texts)
-    was_training, order = model.training, sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    model.eval()
     fitters = {m: LayerFitter(model, m) for m in methods}
-    for i in tqdm(range(0, len(order), batch_size), desc='layers', mininterval=5, disable=len(order) < 5*batch_size):
-        for fitter in fitters.values(): fitter.update([texts[j] for j in order[i:i + batch_size]], max_length)
-    model.train(was_training)
+    with evaluating(model):
+        for rows in by_length(texts, batch_size, 'layers', len(texts) > 5*batch_size):
+            for fitter in fitters.values(): fitter.update([texts[j] for j in rows], max_length)
     return Layers({m: f.fit() for m, f in fitters.items()})
+
+# %% ../nbs/05d_layerwise.ipynb #70f4de94
+def cut_backbone(
+    name: str|Path,    # hub id or folder of a masked language model
+    n: int,            # layers that stay, from the first
+    folder: str|Path,  # where it is written, with its tokenizer
+) -> Path:             # the folder; ValueError where the backbone has fewer layers
+    "Save the first n layers of a backbone, under the language-model head that it has."
+    depth = AutoConfig.from_pretrained(name).num_hidden_layers
+    if not 1 <= n <= depth: raise ValueError(f"'{name}' has {depth} layers and cannot be cut to {n}: choose from 1 to {depth}.")
+    AutoModelForMaskedLM.from_pretrained(name, num_hidden_layers=n).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(name).save_pretrained(folder)
+    return Path(folder)

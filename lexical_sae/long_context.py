@@ -23,7 +23,7 @@ from .decode import pooled_decode
 from .dla import CircuitState, circuit_state
 from .grounding import centred_contributions
 from .backbone import sample_sentences
-from .model import LexicalSAE, check_texts
+from .model import LexicalSAE, check_texts, evaluating
 
 # %% ../nbs/05g_long_context.ipynb #405ed702
 @dataclass(frozen=True)
@@ -88,13 +88,11 @@ def classify_windows(
     "Classify a text of any length by the words of all its windows."
     if model.query is not None or model.topk.k or model.senses is not None:
         raise ValueError("Windows are pooled by their maximum: use a model with pooling='max', without TopK and senses.")
-    windows, was_training = windows_of(model, text, window, overlap), model.training
-    model.eval()
-    z, window, position = pool_windows(model, windows, batch_size)
-    with torch.no_grad():
+    windows = windows_of(model, text, window, overlap)
+    with evaluating(model), torch.no_grad():
+        z, window, position = pool_windows(model, windows, batch_size)
         flat = window*windows.input_ids.shape[1] + position
         state = circuit_state(model.activation(z[None]), model.head, flat[None].int(), z[None])
-    model.train(was_training)
     return WindowedState(state, windows)
 
 # %% ../nbs/05g_long_context.ipynb #93220a4a

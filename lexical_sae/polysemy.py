@@ -10,20 +10,20 @@ __all__ = ['ContextSpreadFitter', 'most_varied_words', 'context_states', 'start_
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, roc_auc_score, roc_curve
 from torch import Tensor
 from tqdm import tqdm
 
 from .activation import make_gate
 from .dla import ClassifierHead
-from .model import LexicalSAE, check_texts
+from .model import LexicalSAE, by_length, check_texts, evaluating
 from .readers import read_path
 from .results import PairedDifference, paired_bootstrap
 from .senses import SenseExpander
@@ -62,11 +62,9 @@ def most_varied_words(
     batch_size: int = 32,
 ) -> list[str]:
     "The k words whose contexts are most spread, ready for `expand_senses`."
-    fitter, was_training = ContextSpreadFitter(model), model.training
-    model.eval()                                                         # dropout would count as context
-    for i in tqdm(range(0, len(texts), batch_size), desc='contexts', mininterval=5, disable=len(texts) < 20*batch_size):
-        fitter.update(texts[i:i + batch_size], max_length)
-    model.train(was_training)
+    fitter = ContextSpreadFitter(model)
+    with evaluating(model):                                              # dropout would count as context
+        for rows in by_length(texts, batch_size, 'contexts'): fitter.update([texts[j] for j in rows], max_length)
     spread = fitter.fit(minimum)
     return [model.words[j] for j in spread.topk(min(k, int((spread > 0).sum()))).indices.tolist()]
 
@@ -87,17 +85,15 @@ def context_states(
     forms: bool = True,     # inflected forms of the word count
 ) -> tuple[Tensor, Tensor]:  # h [n,D] at the word's first token, found [n] bool
     "The hidden state of a word in each of some texts."
-    limit, was_training = model.config.max_positions, model.training
+    limit = model.config.max_positions
     find = _nearest_prefix if forms else lambda words, target: next((w for w in words if normalise_word(w.text) == target), None)
     hits = [find(align_words(model.tokenizer, t, limit), normalise_word(w)) for t, w in zip(texts, words)]
-    out, order = torch.zeros(len(texts), model.decoder()[0].shape[1]), sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    model.eval()
-    for i in tqdm(range(0, len(order), batch_size), desc='contexts', mininterval=5, disable=len(order) < 40*batch_size):
-        rows = order[i:i + batch_size]
-        h = model.encode(**model.batch([texts[j] for j in rows])).h.float().cpu()
-        for r, j in enumerate(rows):
-            if hits[j] is not None: out[j] = h[r, hits[j].tokens[0]]
-    model.train(was_training)
+    out = torch.zeros(len(texts), model.decoder()[0].shape[1])
+    with evaluating(model):
+        for rows in by_length(texts, batch_size, 'contexts'):
+            h = model.encode(**model.batch([texts[j] for j in rows])).h.float().cpu()
+            for r, j in enumerate(rows):
+                if hits[j] is not None: out[j] = h[r, hits[j].tokens[0]]
     return out, torch.tensor([w is not None and bool(w.tokens) for w in hits], dtype=torch.bool)
 
 @torch.no_grad()
@@ -182,15 +178,25 @@ class WordInContext:
     "Same sense or not, told by slots."
     pairs: int                # both occurrences found
     skipped: int              # not found, or a word with no more contexts than senses
-    chance: float             # share of the more frequent answer
+    majority: float           # accuracy of always giving the more frequent answer
     slot_accuracy: float      # same slot = same sense
+    slot_balanced: float      # mean over the two answers of the share that the slots find; .5: they know nothing
+    slot_kappa: float         # Cohen's kappa of slots and answers; 0: they know nothing
     slot_same: float          # share of pairs that the slots call the same
     cosine_accuracy: float    # best threshold on other words
     cosine_auc: float
-    slot_minus_chance: PairedDifference
+    slot_minus_majority: PairedDifference
     slot_minus_cosine: PairedDifference
+    right: dict = field(repr=False, compare=False)   # pair -> whether the slots are right about it
 
-    def to_dict(self) -> dict: return asdict(self)
+    def to_dict(self) -> dict: return {k: v for k, v in asdict(self).items() if k != 'right'}
+    def minus(self,
+        other: 'WordInContext',   # judged on the same pairs: the same model before training, say
+    ) -> PairedDifference:        # ValueError where no pair was judged in both
+        "How much more often these slots are right than the others, on the pairs that both judged."
+        both = [i for i in self.right if i in other.right]
+        if not both: raise ValueError("No pair was judged in both: ask both about the same pairs.")
+        return paired_bootstrap(*([w.right[i] for i in both] for w in (self, other)))
 
 def _cosine_right(cosine, same, words):
     "Whether a threshold from the other half of the words is right."
@@ -251,6 +257,7 @@ def _judge(pairs, used, slots, cosine):
     same, said = np.array([pairs[i].same for i in used]), np.array([slots[i] for i in used])
     often = same.mean() >= .5
     right, cos = said == same, _cosine_right(cosine, same, np.array([pairs[i].word for i in used]))
-    auc = roc_auc_score(same, cosine) if len(set(same)) == 2 else .5
-    return WordInContext(len(used), len(pairs) - len(used), float((same == often).mean()), float(right.mean()), float(said.mean()), float(cos.mean()), float(auc),
-                         paired_bootstrap(right, same == often), paired_bootstrap(right, cos))
+    auc, balanced = (roc_auc_score(same, cosine), balanced_accuracy_score(same, said)) if len(set(same)) == 2 else (.5, .5)
+    kappa = cohen_kappa_score(same, said) if len({*same, *said}) == 2 else 0.                                # one answer throughout: nothing to know
+    return WordInContext(len(used), len(pairs) - len(used), float((same == often).mean()), float(right.mean()), float(balanced), float(kappa), float(said.mean()), float(cos.mean()),
+                         float(auc), paired_bootstrap(right, same == often), paired_bootstrap(right, cos), dict(zip(used, right.tolist())))

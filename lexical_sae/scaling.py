@@ -8,33 +8,36 @@ __all__ = ['MaskedLoss', 'DownstreamLoss', 'read_through_gate', 'mask_every_sixt
            'Scaling', 'ScalingFitter', 'measure_scaling']
 
 # %% ../nbs/05f_scaling.ipynb #fac72cd3
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from .activation import TopK
 from .dla import CircuitState, word_columns
 from .grounding import FrozenReference, centred_contributions, centred_logit
 from .backbone import projection
-from .model import LexicalSAE, check_texts
+from .model import LexicalSAE, by_length, check_texts, evaluating
 
 # %% ../nbs/05f_scaling.ipynb #436a11de
 @dataclass(frozen=True)
 class MaskedLoss:
-    "Masked-language-model loss in nats, read in three ways."
+    "Masked-language-model loss in nats, read in three ways, beside what was known before training and what is never known."
     full: float        # all logits
     gated: float       # open words as they are, closed ones at their training mean
     closed: float      # every word at its training mean
     tokens: int        # masked tokens it is the mean of
+    reference: float|None = None   # of the frozen reference: what training did to the language model
+    uniform: float|None = None     # log V: of knowing nothing
 
     @property
     def recovered(self) -> float|None:
-        "Share of the way from `closed` to `full`; None where there is no way to go."
-        return (self.closed - self.gated)/(self.closed - self.full) if self.closed > self.full else None
+        "Share of the way to `full` from `closed`, or from `uniform` where that is better; None where there is no way to go."
+        start = min(x for x in (self.closed, self.uniform) if x is not None)
+        return (start - self.gated)/(start - self.full) if start > self.full else None
     def to_dict(self) -> dict: return asdict(self) | {'recovered': self.recovered}
 
 @dataclass(frozen=True)
@@ -42,10 +45,11 @@ class DownstreamLoss:
     "What reading through the gate costs, in language modelling and in the task."
     all_tokens: MaskedLoss         # every kind of masked token
     word_tokens: MaskedLoss        # masked tokens that are allowed to open
-    reference: float|None          # loss of the frozen reference on the same tokens: what training did to the language model
     task: float|None               # cross-entropy of the task
     task_closed: float|None        # the same with every word closed
 
+    @property
+    def reference(self) -> float|None: return self.all_tokens.reference  # the name in earlier results
     def to_dict(self) -> dict:
         return dict(all_tokens=self.all_tokens.to_dict(), word_tokens=self.word_tokens.to_dict(), reference=self.reference, task=self.task, task_closed=self.task_closed)
 
@@ -123,9 +127,10 @@ class DownstreamFitter:
     def fit(self) -> DownstreamLoss:
         if not self.count[0]: raise ValueError("No token was masked: call update() with texts of at least three tokens before fit().")
         means = (self.sums/self.count[:, None].clamp(min=1)).tolist()
-        kinds = [MaskedLoss(*m[:3], int(n)) for m, n in zip(means, self.count)]
+        uniform = math.log(len(self.model.decoder()[0]))
+        kinds = [MaskedLoss(*m[:3], int(n), m[3] if self.reference is not None else None, uniform) for m, n in zip(means, self.count)]
         task = (self.task[:2]/self.task[2]).tolist() if self.task[2] else (None, None)
-        return DownstreamLoss(*kinds, means[0][3] if self.reference is not None else None, *task)
+        return DownstreamLoss(*kinds, *task)
 
 def compute_downstream_loss(
     model: LexicalSAE,
@@ -138,21 +143,18 @@ def compute_downstream_loss(
 ) -> DownstreamLoss:
     "Masked-language-model loss when the logits are read through the gate, and the task's loss."
     check_texts(texts); check_texts(train_texts)
-    was_training, fitter = model.training, DownstreamFitter(model, reference)
-    model.eval()
-    for i in range(0, len(train_texts), batch_size): fitter.observe(train_texts[i:i + batch_size], max_length)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for i in tqdm(range(0, len(order), batch_size), desc='downstream loss', mininterval=5, disable=len(order) < 20*batch_size):
-        rows = order[i:i + batch_size]
-        fitter.update([texts[j] for j in rows], None if labels is None else [labels[j] for j in rows], max_length)
-    model.train(was_training)
+    fitter = DownstreamFitter(model, reference)
+    with evaluating(model):
+        for rows in by_length(train_texts, batch_size, progress=False): fitter.observe([train_texts[j] for j in rows], max_length)
+        for rows in by_length(texts, batch_size, 'downstream loss'):
+            fitter.update([texts[j] for j in rows], None if labels is None else [labels[j] for j in rows], max_length)
     return fitter.fit()
 
 # %% ../nbs/05f_scaling.ipynb #aa3077eb
 def compute_ablation_sparsity(
-    effects: Tensor,  # [...,V] attributions, or changes of a logit by removal
+    effects: Tensor,  # [...,V] attributions of one logit, or its changes when each word is removed alone
 ) -> Tensor:          # [...] effective number of entries; 0 where all are 0
-    "`(L1/L2)^2`: how many features an effect is spread over (2406.04093)."
+    "Participation ratio `(L1/L2)^2` over features: how many of them share the effect on one output. (2406.04093 takes it over the outputs of one latent.)"
     l1, l2 = effects.abs().sum(-1), effects.square().sum(-1)
     return torch.where(l2 > 0, l1.square()/l2.clamp(min=1e-30), 0.)
 
@@ -245,7 +247,7 @@ class Scaling:
     dead_features: float                 # share of allowed words that no text opens
     density_edges: tuple                 # of the histogram: share of texts in which a word is open, logarithmic
     density_counts: tuple                # words in each bin
-    ablation_sparsity: float             # effective number of words, of the attribution
+    ablation_sparsity: float             # effective number of words that share the predicted logit, by attribution
     removal_sparsity: float              # the same of the actual effects of removal
     removal_gap: float                   # mean |actual - predicted effect| as a share of the predicted
     frontier: tuple = ()                 # of `FrontierPoint`
@@ -325,13 +327,12 @@ def measure_scaling(
     check_texts(texts)
     for name, y in (concepts or {}).items():
         if len(y) != len(texts): raise ValueError(f"Concept '{name}' has {len(y)} values for {len(texts)} texts: give one each.")
-    fitter, order, was_training = ScalingFitter(model), sorted(range(len(texts)), key=lambda i: len(texts[i])), model.training
-    model.eval()
-    for i in tqdm(range(0, len(order), batch_size), desc='scaling', mininterval=5, disable=len(order) < 20*batch_size):
-        rows = order[i:i + batch_size]
-        with torch.no_grad(): state = model.classify(model.encode(**model.batch([texts[j] for j in rows], max_length)))
-        fitter.update(state, None if labels is None else torch.tensor([labels[j] for j in rows]))
-    model.train(was_training)
+    fitter, order = ScalingFitter(model), []
+    with evaluating(model), torch.no_grad():
+        for rows in by_length(texts, batch_size, 'scaling'):
+            state = model.classify(model.encode(**model.batch([texts[j] for j in rows], max_length)))
+            fitter.update(state, None if labels is None else torch.tensor([labels[j] for j in rows]))
+            order += rows
     known = {f'class {n}': [int(l == c) for l in labels] for c, n in model.config.id2label.items()} if labels is not None else {}
     known = {name: [y[j] for j in order] for name, y in (known | (concepts or {})).items()}
     sample = None if not train_texts else train_texts[::max(1, -(-len(train_texts)//500))]

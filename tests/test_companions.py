@@ -1,18 +1,23 @@
 "Chapters 05c to 05g and the senses: error sentences, edge cases and regressions that the chapters leave out."
+import gc
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
+from lexical_sae import layerwise, scaling
 from lexical_sae.baselines import Baselines, PostHocSAE, fit_bag_of_words, fit_sae, measure_baselines, measure_model, measure_sae, pooled_states, sae_state
 from lexical_sae.dense import DenseClassifier
 from lexical_sae.dla import identity_error, relative_gap
@@ -21,7 +26,8 @@ from lexical_sae.layerwise import METHODS, edited_layers, find_layers, layer_con
 from lexical_sae.long_context import PeakMemory, classify_windows, hide_needle, measure_long_context, pool_windows, windows_of
 from lexical_sae.backbone import sample_sentences
 from lexical_sae.model import LexicalSAE, LexicalSAEConfig, LexicalSAEForSequenceClassification
-from lexical_sae.polysemy import WicPair, _contexts_of, expand_senses, load_wic, measure_wic, most_varied_words
+from lexical_sae.polysemy import WicPair, _contexts_of, _judge, expand_senses, load_wic, measure_wic, most_varied_words
+from lexical_sae.results import PairedDifference
 from lexical_sae.scaling import (ScalingFitter, best_probe, compute_ablation_sparsity, compute_downstream_loss, logistic_probes, measure_scaling,
                                  removal_effects)
 from lexical_sae.senses import SenseExpander
@@ -75,6 +81,15 @@ def test_attribution_through_the_autoencoder_is_exact_about_the_substitute_only(
         row = measure_sae(sae, head, x, [0]*50, batch_size=7)
     with pytest.raises(ValueError, match='at least two'): measure_sae(sae, head, x[:1], [0])
     assert row.attribution_worst == pytest.approx(relative_gap(head(x), state.attribution(), state.b_eff).max().item(), rel=1e-4)
+
+def test_accuracies_are_told_in_one_precision():
+    "Where the explanation is right as often as the model, nothing is lost: not a rounding."
+    x, head = torch.randn(49, 8, generator=torch.Generator().manual_seed(0)), nn.Linear(8, 3)
+    sae = fit_sae(x, 3, 'topk', 16, steps=30, progress=False)
+    with torch.no_grad(): own, told = head(x).argmax(-1), sae_state(sae, head, x).logits.argmax(-1)
+    agreed = (own == told).nonzero()[:, 0][0].item()
+    labels = [3]*49; labels[agreed] = own[agreed].item()                 # both are right about one text, and no other
+    assert measure_sae(sae, head, x, labels).accuracy_loss == 0.
 
 def test_pooled_states_follow_the_order_of_the_texts(tokenizer):
     torch.manual_seed(0)
@@ -254,12 +269,14 @@ def test_loudest_slot_has_the_words_full_magnitude(tokenizer):
 
 def test_expanded_models_train_measure_and_ground(tokenizer):
     made = build(tokenizer, LexicalSAEForSequenceClassification)
-    opened = (classified(made).sparse_vector > 0).sum(0).topk(5).indices.tolist()
+    opened, plain = (classified(made).sparse_vector > 0).sum(0).topk(5).indices.tolist(), FrozenReference.of(made)
     expand_senses(made, opened, TEXTS).train()
+    known = FrozenReference(plain.backbone, plain.shift, made.base_ids)  # as the experiment does: no second copy of the weights
     out = made(**made.batch(TEXTS), labels=torch.tensor(LABELS))
     out.loss.backward()
     assert made.senses.keys.grad.abs().sum() > 0 and torch.isfinite(made.senses.keys.grad).all()
     found = measure_grounding(made.eval(), TEXTS, LABELS, FrozenReference.of(made))
+    assert measure_grounding(made, TEXTS, LABELS, known) == found
     assert found.identity_error <= 1e-5 and found.active_dims > 0
     assert measure_layers(made, TEXTS, methods=('lens',))['lens'].remainder_share < 1e-4
     with pytest.raises(ValueError, match='without TopK and senses'): classify_windows(made, TEXTS[0])
@@ -288,7 +305,6 @@ def test_varied_words_are_read_without_dropout(model):
     assert seen == [False] and model.training
 
 def test_wic_reads_paths_and_refuses(tmp_path, model):
-    import pandas as pd
     frame = pd.DataFrame(dict(text=['bank']*2, sentence1=[TEXTS[0]]*2, sentence2=TEXTS[2:], label=[0, 1]))
     frame.to_parquet(tmp_path/'train.parquet')
     assert load_wic(tmp_path)[1] == WicPair('bank', TEXTS[0], TEXTS[3], True)
@@ -296,6 +312,32 @@ def test_wic_reads_paths_and_refuses(tmp_path, model):
     with pytest.raises(ValueError, match='no Word-in-Context pairs'): load_wic(tmp_path/'other.csv')
     with pytest.raises(ValueError, match='no pair'): measure_wic(model, [])
     with pytest.raises(ValueError, match='No word was found'): measure_wic(model, [WicPair('zebra', 'a', 'b', True)])
+
+# ---- tables of the paper ------------------------------------------------------------------------------------------
+def tabled(cell, metrics):
+    "What a cell of the figures' notebook tables of a result with these metrics."
+    source = next(''.join(c['source']) for c in json.loads((ROOT/'paper/figures.ipynb').read_text())['cells'] if c['id'] == cell)
+    tables = {}
+    names = dict(vars(layerwise) | vars(scaling), pd=pd, PairedDifference=PairedDifference, needs=lambda *_: [dict(metrics=metrics)], figure=lambda _: plt.close('all'), display=lambda _: None,
+                 table=lambda frame, name: tables.setdefault(name, frame))
+    exec(source, names)
+    return tables
+
+def test_tables_read_results_of_both_ages(model, capsys):
+    "A share that earlier results took between two readings that know nothing is not shown, and their names are today's."
+    measured, layers = measure_scaling(model, TEXTS*2, LABELS*2, TEXTS, {'first': [1, 0]*4}, FrozenReference.of(model)).to_dict(), measure_layers(model, TEXTS).to_dict()
+    measured['probes'] = measured['probes'] or [dict(concept='none', loss=0.)]
+    now = tabled('486e5fe2', dict(layers=layers, scaling=measured))['scaling'].index
+    new = {f'{kind}_tokens, {k}' for kind in ('all', 'word') for k in ('recovered', 'uniform', 'reference')}
+    assert new <= set(now)
+    measured['downstream'] = {k: {n: x for n, x in v.items() if n not in ('uniform', 'reference')} if isinstance(v, dict) else v for k, v in measured['downstream'].items()}
+    earlier = tabled('486e5fe2', dict(layers=layers, scaling=measured))['scaling'].index
+    assert not new & set(earlier) and {'word_tokens, full', 'reference'} <= set(earlier)
+    judged = _judge([WicPair('bank', '', '', i < 4) for i in range(10)], range(10), [i % 3 > 0 for i in range(10)], np.arange(10.))
+    wic = dict(before=judged.to_dict(), after=judged.to_dict(), after_minus_before=vars(judged.minus(judged)))
+    assert tabled('fig-wic', wic)['word_in_context'].slot_balanced.notna().all() and 'minus before: +0.0' in capsys.readouterr().out
+    old = {when: {dict(majority='chance', slot_minus_majority='slot_minus_chance').get(k, k): v for k, v in wic[when].items() if k not in ('slot_balanced', 'slot_kappa')} for when in ('before', 'after')}
+    assert tabled('fig-wic', old)['word_in_context'].majority.tolist() == [.6, .6]
 
 # ---- experiments -----------------------------------------------------------------------------------------------
 def experiment(tmp_path, **params):
@@ -324,6 +366,20 @@ def test_backbones_follow_the_classification_recipe():
     assert len(same) > 20 and {k: getattr(args, k) for k in same} == {k: theirs[k] for k in same}
     assert (theirs['dense_head_multiplier'], theirs['validation_samples']) == (DENSE['head_multiplier'], config.validation_samples)
 
+def test_a_backbone_is_refused_before_training_only(tmp_path):
+    "What fails in a training is no refusal of the backbone: it stops the run."
+    cells = [''.join(c['source']) for c in json.loads((ROOT/'nbs/experiments/backbones.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
+    loop = next(c for c in cells if c.startswith('metrics, refused = '))
+    def set_up(name):
+        if name == 'decoder': raise ValueError('reads one side only')
+        return name
+    def measure(setup): raise RuntimeError('the loss is not finite')
+    given = dict(gc=gc, tempfile=tempfile, Path=Path, out=tmp_path, say=lambda *_: None, config_of=lambda name, *_: name, set_up=set_up, dense=False)
+    with pytest.raises(RuntimeError, match='not finite'): exec(loop, given | dict(backbones=['decoder', 'bert'], measure=measure))
+    ran = given | dict(backbones=['decoder', 'bert'], measure=lambda setup: dict(accuracy=1., active_dims=1., identity_error=0.))
+    exec(loop, ran)
+    assert ran['refused'] == {'decoder': 'reads one side only'} and ran['metrics']['decoder'] is None and ran['metrics']['bert']['accuracy'] == 1.
+
 @pytest.mark.slow
 def test_backbones_from_random_folders(tmp_path, tokenizer):
     "Two random models and a decoder, which is refused while the others go on."
@@ -350,6 +406,7 @@ def test_word_in_context_with_slots_from_a_task(tmp_path):
     found = experiment(tmp_path, notebook='word_in_context', experiment_name='w', dataset_name='toy', source=str(tmp_path), wic=str(tmp_path/'wic.jsonl'), min_texts=3,
                        max_length=32, training=dict(num_train_epochs=1, warmup_steps=1))
     metrics = found['metrics']
+    assert metrics['after_minus_before']['size'] == 2 and metrics['after_minus_before']['mean'] == metrics['after']['slot_accuracy'] - metrics['before']['slot_accuracy']
     assert metrics['words_with_slots'] == 1 and metrics['pairs_asked'] == metrics['before']['pairs'] == metrics['after']['pairs'] == 2
     assert metrics['identity_error'] <= 1e-5
 

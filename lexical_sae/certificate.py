@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .activation import Gate
 from .backbone import _inline_head, projection
-from .model import LexicalSAE, SparseSequence
+from .model import LexicalSAE, SparseSequence, evaluating
 from .results import atomic_write, versions
 from .surgery import SuppressedModel, _as_list, _close, classified, removal_effect, select_dims
 from .words import normalise_word, read_vocabulary, surface_forms
@@ -97,16 +97,14 @@ def challenge(
     seed: int = 0,                 # of the random tokens, also those that gradient ascent starts from
 ) -> list[Challenge]:              # one for each kind of attack
     "Try to open closed gates."
-    ids, real, was_training = select_dims(model, ids), _real_tokens(model), model.training
+    ids, real = select_dims(model, ids), _real_tokens(model)
     words = real[torch.isin(real, torch.tensor([*model.base_ids[ids].tolist(), *_kin(model, ids)], device=real.device))]
     random = real[torch.randint(len(real), (limit, 16), generator=torch.Generator().manual_seed(seed)).to(real.device)]
     attacks = {'each word and its kin, eight times': (model.encode(w[:, None].expand(-1, 8)) for w in words.split(limit) if len(w)),
                'random tokens': (model.encode(x) for x in [random]),
                'gradient ascent on the embeddings': (maximal_inputs(model, ids[i:i + limit], seed=seed) for i in range(0, len(ids), limit)),
                'the texts given': (seq for _, seq, _ in classified(model, texts, desc='challenge'))}
-    model.eval()
-    try: parts = {attack: [_measure(model, ids, attack, seq) for seq in seqs] for attack, seqs in attacks.items()}
-    finally: model.train(was_training)
+    with evaluating(model): parts = {attack: [_measure(model, ids, attack, seq) for seq in seqs] for attack, seqs in attacks.items()}
     return [_together(attack, found) for attack, found in parts.items() if found]
 
 # %% ../nbs/04c_certificate.ipynb #34988860

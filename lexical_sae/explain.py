@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .decode import _tile_logits, compute_dtype
 from .dla import CircuitState, relative_gap
-from .model import LexicalSAE, SparseSequence, check_texts
+from .model import LexicalSAE, SparseSequence, check_texts, evaluating
 from .targets import is_multilabel, probabilities
 from .words import align_words
 
@@ -122,11 +122,8 @@ def explain(self: LexicalSAE,
 ) -> Explanation:
     "An exact account of one prediction: parts that add up to the logit."
     check_texts([text])
-    was_training = self.training
-    self.eval()
-    batch = self.batch([text])
-    seq = self.encode(**batch); state = self.classify(seq)
-    self.train(was_training)
+    with evaluating(self):
+        seq = self.encode(**self.batch([text])); state = self.classify(seq)
     names, logits = self.config.id2label, state.logits[0]
     predicted = int(logits.argmax())
     c = predicted if target is None else _class_id(self, target, 'target')

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .dla import CircuitState, ClassifierHead, circuit_state, identity_error
 from .words import normalise_word, text_words, vocabulary_words
 from .targets import is_multilabel, right_answers
 from .backbone import lift, load_backbone, projection, weights_hash
-from .model import LexicalSAE
+from .model import LexicalSAE, by_length, evaluating
 
 # %% ../nbs/01c_grounding.ipynb #75b3eef1
 class FrozenReference(nn.Module):
@@ -260,13 +259,9 @@ def measure_grounding(
     max_length: int|None = None,
 ) -> Grounding:
     "Accuracy, sparsity, exactness and grounding on texts, in evaluation mode."
-    was_training = model.training
-    model.eval()
     fitter = GroundingFitter(model, reference or FrozenReference.load(model).to(model.device), associations,
                              sentiment_lexicon() if positive_class is not None else None, positive_class)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for i in tqdm(range(0, len(order), batch_size), desc='measure', disable=len(order) < 20*batch_size, mininterval=5):
-        rows = order[i:i + batch_size]
-        fitter.update([texts[j] for j in rows], None if labels is None else torch.tensor([labels[j] for j in rows]), max_length)
-    model.train(was_training)
+    with evaluating(model):
+        for rows in by_length(texts, batch_size, 'measure'):
+            fitter.update([texts[j] for j in rows], None if labels is None else torch.tensor([labels[j] for j in rows]), max_length)
     return fitter.fit()

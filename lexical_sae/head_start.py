@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .dla import FactoredLinear
-from .model import LexicalSAE
+from .model import LexicalSAE, evaluating
 from .targets import is_multilabel
 
 # %% ../nbs/02ba_head_start.ipynb #8e96c5e1
@@ -125,14 +125,13 @@ def start_head(
     seen: Callable[[dict, Tensor], None]|None = None,  # is handed each batch and its h [B,L,D] of the untrained model, which others may need too
 ) -> HeadStart:
     "Fit the head to the untrained model's words; call `unfold_head` after training."
-    was_training, fitter, batches = model.training, HeadStartFitter(model), list(batches)
+    fitter, batches = HeadStartFitter(model), list(batches)
     if len(batches) > limit: batches = [batches[i] for i in np.random.default_rng(seed).choice(len(batches), limit, replace=False)]
-    model.eval()
-    for batch in tqdm(batches, desc='head start', mininterval=5):
-        seq = model.encode(*(batch[k].to(model.device) for k in ('input_ids', 'attention_mask')))
-        if seen is not None: seen(batch, seq.h)
-        fitter.update(model.classify(seq).sparse_vector, batch['labels'])
-    model.train(was_training)
+    with evaluating(model):
+        for batch in tqdm(batches, desc='head start', mininterval=5):
+            seq = model.encode(*(batch[k].to(model.device) for k in ('input_ids', 'attention_mask')))
+            if seen is not None: seen(batch, seq.h)
+            fitter.update(model.classify(seq).sparse_vector, batch['labels'])
     begun = fitter.fit(seed)
     if model.senses is not None: unfold_head(model)                      # slots of a word share its embedding: only columns of their own let them part
     return begun

@@ -27,7 +27,7 @@ from .dense import DenseClassifier
 from .dla import TagCircuitState, circuit_mask
 from .entities import TagPredictions
 from .backbone import projection
-from .model import LexicalSAE, LexicalSAEForTokenClassification, check_labels
+from .model import LexicalSAE, LexicalSAEForTokenClassification, check_labels, evaluating
 from .objectives import AttributionCentroidTracker, masked_language_loss, revival_loss
 from .pairs import gather_sum, pair_dots
 from .train import LexicalTrainer, LexicalTrainingArguments
@@ -264,16 +264,13 @@ def tag_batches(
     progress: bool|None = None,   # None: a bar beyond 20 batches
 ) -> Iterator[tuple[WordBatch, TagCircuitState]]:
     "The state of every word of every sentence, batch by batch; all that follows is gathered from here."
-    was_training = model.training
-    model.eval()
     many = len(sentences) > 20*batch_size if progress is None else progress
-    try:
+    with evaluating(model):                                              # and as it was, also where the caller stops early
         for batch in tqdm(word_batches(model.tokenizer, sentences, model.config.max_positions, batch_size, model.device),
                           total=-(-len(sentences)//batch_size), desc='tag', disable=not many, mininterval=5):
             seq = model.encode(**batch.encoding).with_mask(batch.first)
             kept = seq.keep[batch.first].tolist()                        # a word spelled like a special token has no position of its own
             yield replace(batch, first=seq.keep, words=[w for w, k in zip(batch.words, kept) if k]), model.tag_state(seq)
-    finally: model.train(was_training)                                     # also where the caller stops early
 
 class PredictionCollector:
     "Gathers logits batch by batch and hands out `TagPredictions`."

@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .activation import Gate
 from .dla import CircuitState, circuit_state
-from .model import LexicalSAE, SparseSequence, check_texts
+from .model import LexicalSAE, SparseSequence, by_length, check_texts, evaluating
 from .targets import is_multilabel, right_answers
 from .words import get_clean_vocab_mask, normalise_word, read_vocabulary, surface_forms, word_to_id
 
@@ -170,16 +169,12 @@ def classified(
 ) -> Iterator[tuple[list[int], SparseSequence, CircuitState]]:  # rows of `texts`, and what the model says of them
     "Classify texts in batches of similar length, in evaluation mode, without gradients."
     check_texts(texts)
-    was_training, order = model.training, sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    model.eval()
-    try:
-        for i in tqdm(range(0, len(order), batch_size), desc=desc, disable=len(order) < 20*batch_size, mininterval=5):
-            rows = order[i:i + batch_size]
+    with evaluating(model):
+        for rows in by_length(texts, batch_size, desc):
             with torch.no_grad():
                 seq = model.encode(**model.batch([texts[j] for j in rows], max_length))
                 state = model.classify(seq)
             yield rows, seq, state
-    finally: model.train(was_training)
 
 def without(
     state: CircuitState,

@@ -23,7 +23,7 @@ from .checkpoints import CheckpointingTrainer
 from .geco import GECOController, tau_from_accuracy
 from .grounding import FrozenReference, WordAssociations
 from .level import LevelController, set_dropout
-from .model import LexicalSAEForSequenceClassification
+from .model import LexicalSAEForSequenceClassification, evaluating
 from .objectives import (AttributionCentroidTracker, FeatureFrequencyTracker, LearnedMargin, agreeing_share, anchor_loss, band_weight,
                                     centroid_cosine, completeness_loss, distillation_loss, evidence_loss, evidence_share, flops_loss, l1_loss,
                                     masked_language_loss, open_words, revival_loss, separation_loss, sparsity_loss, strongest_answers, strongest_rival)
@@ -426,13 +426,10 @@ def _held_out_active(self: LexicalTrainer, turn, exact=False):
     texts = sorted((self.eval_dataset[self._watched[i]] for i in range(at, min(at + size, n))), key=lambda text: len(text['input_ids']))
     net, opened = self._net, []
     read = partial(type(net).forward, net) if exact else net            # accelerate wraps the forward of the instance
-    was_training = net.training
-    net.eval()
-    with nullcontext() if exact else self.compute_loss_context_manager():
+    with evaluating(net), nullcontext() if exact else self.compute_loss_context_manager():
         for i in range(0, len(texts), _LOOK_TOGETHER):
             batch = self._prepare_inputs(self.data_collator(texts[i:i + _LOOK_TOGETHER]))
             opened.append(read(**{k: v for k, v in batch.items() if k in ('input_ids', 'attention_mask', 'labels')}).state.num_active)
-    net.train(was_training)
     return torch.cat(opened).float().mean().item()
 
 @patch

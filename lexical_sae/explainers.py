@@ -32,7 +32,7 @@ from .words import word_spans
 class Attribution:
     "Scores of one method for one text."
     method: str
-    scores: Tensor             # [V] at the level of dimensions; [n] one for each word of `word_spans(text)`
+    scores: Tensor             # [V] at the level of dimensions; [n] one for each word of `word_spans(text)`, of a long text those that are read
     readings: int              # texts that went through the network (or, for dimensions, vectors through the head)
     seconds: float
     delta: float|None = None   # integrated gradients: by how much the scores miss the difference to the baseline, relative to the sum of their sizes
@@ -147,7 +147,9 @@ def explain_words(
     samples: int = 1000,       # of "lime" and "kernel_shap"
 ) -> Attribution:
     "Scores of the input's words for the predicted class."
-    reader, n = Reader.of(model, tokenizer), len(word_spans(text))
+    reader = Reader.of(model, tokenizer)
+    text, = reader.read_parts([text])
+    n = len(word_spans(text))
     if method not in WORD_METHODS: raise ValueError(f"Unknown method '{method}': choose one of {', '.join(WORD_METHODS)}.")
     if method == 'dla' and not reader.exact: raise ValueError("A dense classifier has no exact contributions: choose another method.")
     if not n: raise ValueError("The text has no word to explain: remove empty texts.")
@@ -179,9 +181,10 @@ def compare_explainers(
     seed: int = 0,
     progress: bool = True,
     **options,                # steps, samples
-) -> tuple[pd.DataFrame, dict]:  # one row for each method; and the scores, method -> one tensor for each text
+) -> tuple[pd.DataFrame, dict]:  # one row for each method; and the scores, method -> one tensor for each text, of the words that are read
     "Agreement with the exact scores, and cost, for each method; `seconds_together`: of the exact scores, where texts share batches."
     reader = Reader.of(model, tokenizer)
+    texts = reader.read_parts(texts)
     methods = [m for m in methods if m != 'dla' or reader.exact]
     scores, rows = {}, {}
     for method in methods:

@@ -133,7 +133,8 @@ class Reader:
         self.tokenizer = model._need_tokenizer() if self.exact else tokenizer
         if self.tokenizer is None: raise ValueError("A dense classifier does not know its tokenizer: pass it.")
         self.encoder = model.backbone if self.exact else model.encoder
-        limit = LexicalSAEConfig(backbone_config=self.encoder.config).max_positions
+        self.config = LexicalSAEConfig(backbone_config=self.encoder.config)      # knows the limit of a dense twin's encoder too
+        limit = self.config.max_positions
         self.max_length, self.readings, self.device = min(max_length or limit, limit), 0, next(model.parameters()).device
         self.warns = max_length is None                  # who chooses a length knows that it cuts
         self.empty = self.tokenizer.mask_token or '.'    # read when no word is left
@@ -145,12 +146,26 @@ class Reader:
 
     @property
     def embeddings(self) -> nn.Module: return self.encoder.get_input_embeddings()
+    def _need_tokenizer(self): return self.tokenizer
+
+    def read_part(self, text: str) -> str:
+        "The part of a text that is read (`LexicalSAE.read_part`, of a dense twin too); a part is read whole."
+        part = LexicalSAE.read_part(self, text, self.max_length)
+        return part if part == text else self.read_part(part)            # what ends within a word may be split into more tokens
+
+    def read_parts(self, texts: list[str]) -> list[str]:
+        "The same of several; a warning counts those that are cut, unless a length was chosen."
+        parts = [self.read_part(t) for t in texts]
+        self._warn(sum(len(p) < len(t.rstrip()) for p, t in zip(parts, texts)), len(texts))
+        return parts
+
+    def _warn(self, cut, n):
+        if cut and self.warns: warnings.warn(f"{cut} of {n} texts are longer than {self.max_length} tokens and were truncated.")
 
     def batch(self, texts: list[str]) -> dict:
         "Padded ids and mask, on the model's device."
         enc = self.tokenizer(texts, truncation=True, max_length=self.max_length, padding=True, return_tensors='pt')
-        cut = sum(bool(e.overflowing) for e in enc.encodings or ())
-        if cut and self.warns: warnings.warn(f"{cut} of {len(texts)} texts are longer than {self.max_length} tokens and were truncated.")
+        self._warn(sum(bool(e.overflowing) for e in enc.encodings or ()), len(texts))
         return {k: enc[k].to(self.device) for k in ('input_ids', 'attention_mask')}
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor, keep: Tensor|None = None) -> Tensor:  # [n,C]
@@ -214,10 +229,11 @@ def word_scores(
     model: LexicalSAE|Reader,
     texts: str|list[str],
     batch_size: int = 32,
-) -> Tensor|list[Tensor]:     # [n words], or one for each text
+) -> Tensor|list[Tensor]:     # [n words that are read], or one for each text
     "Exact contributions to the predicted class over the average class, routed to the words of the text: one reading of each."
     reader = Reader.of(model)
-    if isinstance(texts, str): return next(_batch_scores(reader, [texts]))
+    if isinstance(texts, str): return next(_batch_scores(reader, reader.read_parts([texts])))
+    texts = reader.read_parts(texts)
     order, found = sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
     for i in range(0, len(order), batch_size):
         rows = order[i:i + batch_size]
@@ -232,23 +248,27 @@ def _best_words(scores, amount):
 def words_curve(
     model: LexicalSAE|Reader,
     texts: list[str],
-    scores: list[Tensor],     # for each text one number per word
+    scores: list[Tensor],     # for each text one number per word; those of words that are not read are left out
     bins: tuple = BINS,       # shares, or whole numbers of words
 ) -> ErasureCurve:
-    "Erase words of the input and read again."
+    "Erase words of the input that are read, and read again."
     reader = Reader.of(model)
+    texts = reader.read_parts(texts)
+    scores = [s[:len(word_spans(t))] for s, t in zip(scores, texts)]
     masks = [[_best_words(s, b).tolist() for s in scores] for b in bins]
     changed = [[erase_words(t, [x == gone for x in m], reader.empty) for t, m in zip(texts, row)] for gone in (True, False) for row in masks]
-    logits = reader.read(list(texts) + [t for row in changed for t in row]).unflatten(0, (1 + len(changed), len(texts)))
+    logits = reader.read(texts + [t for row in changed for t in row]).unflatten(0, (1 + len(changed), len(texts)))
     return _curve(logits[0], logits[1:1 + len(bins)], logits[1 + len(bins):])
 
 def greedy_word_scores(
     model: LexicalSAE|Reader,
     text: str,
     share: float|None = None, # of the words put in order, the others follow by their contribution; None: as many as `BINS` and `COUNTS` remove
-) -> Tensor:                  # [n words]
+) -> Tensor:                  # [n words that are read]
     "The greedy oracle on words: for n words at most n readings of the text a step."
-    reader, n = Reader.of(model), len(word_spans(text))
+    reader = Reader.of(model)
+    text, = reader.read_parts([text])
+    n = len(word_spans(text))
     drop, scores, c = [False]*n, word_scores(reader, text) if reader.exact else torch.zeros(n), int(reader.read([text]).argmax())
     floor = scores.abs().max().item() + 1
     steps = math.ceil(share*n) if share is not None else max(math.ceil(max(BINS)*n), min(n, max(COUNTS)))
@@ -297,8 +317,8 @@ def _words_rows(model, texts, methods, bins, seed, progress):
 
 def measure_faithfulness(
     model: LexicalSAE|Reader,     # a `Reader` of the dense twin: words only, and without "dla"
-    texts: list[str],
-    methods: tuple|Mapping[str, Callable] = ('dla', 'random', 'greedy'),  # names, or name -> callable(model, text) -> scores
+    texts: list[str],             # of each the part that is read
+    methods: tuple|Mapping[str, Callable] = ('dla', 'random', 'greedy'),  # names, or name -> callable(model, text) -> scores; it is given the part that is read
     level: str = 'dims',          # "dims": open dimensions; "words": words of the input
     bins: tuple = BINS,
     seed: int = 0,                # of the random order
@@ -306,12 +326,12 @@ def measure_faithfulness(
 ) -> pd.DataFrame:                # one row for each method
     "Comprehensiveness, sufficiency and removability (1911.03429) of each method's scores."
     if level not in ('dims', 'words'): raise ValueError(f"level must be 'dims' or 'words', got '{level}'.")
-    texts = [t for t in texts if word_spans(t)]
+    reader = Reader.of(model)
+    texts = [t for t in reader.read_parts(texts) if word_spans(t)]
     if not texts: raise ValueError("No text with a word was given: pass at least one.")
     methods = dict(methods) if isinstance(methods, Mapping) else {m: m for m in methods}
     if unknown := [m for m in methods.values() if isinstance(m, str) and m not in ('dla', 'random', 'greedy')]:
         raise ValueError(f"Unknown method '{unknown[0]}': use dla, random, greedy, or a mapping from a name to a function of model and text.")
-    reader = Reader.of(model)
     if not reader.exact and (level == 'dims' or 'dla' in methods.values()):
         raise ValueError("A dense classifier has no open dimensions and no exact contributions: use level='words' and methods without 'dla'.")
     if is_multilabel(reader.model.config) if reader.exact else getattr(reader.model, 'multilabel', False):
@@ -366,6 +386,7 @@ def off_distribution(
 ) -> dict:
     "Median distance to the nearest training text, and the AUC with which it tells changed from unchanged."
     reader = Reader.of(model)
+    texts = reader.read_parts(texts)
     was_training = reader.model.training
     reader.model.eval()
     def vectors(texts): return torch.cat([reader.state(texts[i:i + 32]).sparse_vector.cpu() for i in range(0, len(texts), 32)])

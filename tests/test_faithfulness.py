@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -75,6 +76,46 @@ def test_a_reader_says_what_it_cuts(model, recwarn):
 def test_of_keeps_a_reader(model):
     reader = Reader(model, max_length=7)
     assert Reader.of(reader) is reader and Reader.of(model).max_length == 48
+
+LONG = [f'{t} , though {u} and {t} {i} times' for i, (t, u) in enumerate(zip(TEXTS, TEXTS[::-1]))]
+
+@pytest.mark.parametrize('network', ['model', 'twin'])
+def test_a_long_text_is_measured_as_the_part_that_is_read(request, tokenizer, network):
+    "Words beyond the limit are no units: they are neither counted nor pulled into view when others go."
+    reader = Reader(request.getfixturevalue(network), tokenizer, max_length=9)
+    parts = [reader.read_part(t) for t in LONG]
+    assert all(t.startswith(p) and len(word_spans(t)) > 2*len(word_spans(p)) for t, p in zip(LONG, parts)) and reader.read_parts(parts) == parts
+    def equal(of): assert of(LONG).equals(of(parts)) if isinstance(of(LONG), pd.DataFrame) else str(of(LONG)) == str(of(parts))
+    methods = {'random': 'random', 'greedy': 'greedy', 'occlusion': lambda r, t: explain_words(r, t, 'occlusion').scores} | ({'dla': 'dla'} if reader.exact else {})
+    equal(lambda texts: measure_faithfulness(reader, texts, methods, level='words', progress=False))
+    equal(lambda texts: compare_explainers(reader, texts, progress=False, samples=20, steps=4)[1])
+    equal(lambda texts: greedy_word_scores(reader, texts[0]))
+    order = [torch.arange(len(word_spans(t)), dtype=torch.float).flip(0) for t in LONG]
+    equal(lambda texts: words_curve(reader, texts, order).without)
+    if reader.exact:
+        equal(lambda texts: word_scores(reader, texts)); equal(lambda texts: measure_faithfulness(reader, texts, progress=False))
+        equal(lambda texts: off_distribution(reader, TEXTS, texts))
+
+def test_the_part_that_a_twin_reads_is_the_models(model, twin, tokenizer):
+    for n in range(3, 20): assert [Reader(twin, tokenizer, n).read_part(t) for t in LONG] == [model.read_part(t, n) for t in LONG] == Reader(model, max_length=n).read_parts(LONG)
+
+def test_a_part_is_read_whole(tokenizer):
+    "Cut within a word, the rest of it may take more tokens than the whole did: the part is cut until it fits."
+    class Syllables:
+        "Two letters a token but for one word, which is one token when it is whole."
+        is_fast, mask_token = True, '?'
+        def num_special_tokens_to_add(self): return 0
+        def __call__(self, text, truncation, max_length, **_):
+            whole = [(0, 8), (8, 10)] if text.startswith('abcdefgh') and len(text) > 9 else [(i, min(i + 2, len(text))) for i in range(0, len(text), 2)]
+            return {'offset_mapping': whole[:max_length]}
+    reader = Reader.__new__(Reader)
+    reader.tokenizer, reader.max_length, reader.config = Syllables(), 1, BertConfig()
+    reader.config.max_positions = 9
+    assert reader.read_part('abcdefghij') == 'ab' == reader.read_part('ab')
+
+def test_a_warning_says_what_is_left_out(model, recwarn):
+    measure_faithfulness(model, [*TEXTS, 'bank '*100], ('random',), level='words', progress=False)
+    assert [str(w.message) for w in recwarn if 'truncated' in str(w.message)] == ['1 of 5 texts are longer than 48 tokens and were truncated.']
 
 # ---- faithfulness ----------------------------------------------------------------------------------------------
 def test_every_text_with_a_reader_or_a_model(model):

@@ -84,12 +84,18 @@ def dims_curve(
     return _curve(state.logits, run(False), run(True))
 
 # %% ../nbs/05a_faithfulness.ipynb #b7dd4980
+def _odds(logits, c):
+    "Log-odds [n] of a class, which order as its probability and do not saturate; one logit stands against nothing."
+    if logits.shape[-1] == 1: return logits[:, 0]
+    others = logits.clone(); others[:, c] = -torch.inf
+    return logits[:, c] - others.logsumexp(-1)
+
 @torch.no_grad()
 def greedy_scores(
     state: CircuitState,
     steps: int|None = None,   # words to order; None: all. The others follow by their contribution
 ) -> Tensor:                  # [B,V] the first to be removed has the largest score
-    "Scores of the greedy oracle."
+    "Scores of the greedy oracle: its order lowers the probability of the predicted class."
     scores = centred_contributions(state).clone()                        # [B,V]
     head, floor = state.head, scores.abs().max().item() + 1
     for b, s in enumerate(state.sparse_vector):
@@ -98,10 +104,7 @@ def greedy_scores(
         u, left, c = columns.sum(1) + head.words.bias, torch.ones(len(ids), dtype=torch.bool, device=s.device), state.logits[b].argmax()
         for step in range(min(len(ids), steps or len(ids))):
             logits = head.from_hidden((u[:, None] - columns).T)          # [K,C] each word removed in turn
-            others = logits.clone(); others[:, c] = -torch.inf
-            rival = others.amax(-1) if others.shape[-1] > 1 else 0.      # one logit stands against nothing
-            gap = (logits[:, c] - rival).masked_fill(~left, torch.inf)
-            j = gap.argmin()
+            j = _odds(logits, c).masked_fill(~left, torch.inf).argmin()
             scores[b, ids[j]] = floor + len(ids) - step
             u, left[j] = u - columns[:, j], False
     return scores
@@ -275,7 +278,7 @@ def greedy_word_scores(
     for step in range(max(1, steps)):
         trials = [j for j in range(n) if not drop[j]]
         logits = reader.read([erase_words(text, [d or i == j for i, d in enumerate(drop)], reader.empty) for j in trials])
-        j = trials[logits.log_softmax(-1)[:, c].argmin()]
+        j = trials[_odds(logits, c).argmin()]
         drop[j], scores[j] = True, floor + n - step
     return scores
 

@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, RobertaConfig, RobertaModel
 
 from lexical_sae.dense import DenseClassifier
+from lexical_sae.dla import ClassifierHead, circuit_state
 from lexical_sae.explainers import WORD_METHODS, Reader, compare_explainers, explain_dims, explain_words
 from lexical_sae.faithfulness import (greedy_scores, greedy_word_scores, measure_faithfulness, off_distribution, rationale_agreement, word_scores,
                                       words_curve)
@@ -283,3 +284,20 @@ def test_one_logit_is_explained_by_its_own_parts(tokenizer):
         j, lost = int(own[0].argmax()), removal_effects(state)
         assert lost[0, j].item() == pytest.approx((state.logits - asked.head(state.sparse_vector.index_fill(1, torch.tensor([j]), 0.))).item(), abs=1e-5)
         assert sorted(greedy_scores(state)[0].topk(int(state.num_active)).indices.tolist()) == state.sparse_vector[0].nonzero()[:, 0].tolist()
+
+def test_a_sure_prediction_still_has_an_order():
+    "The probability is 1 to the last bit whatever goes, its odds are not."
+    head = ClassifierHead(3, 2, hidden=0)
+    with torch.no_grad(): head.fc2.weight[1] = torch.tensor([1., 3., 2.]); head.fc2.bias[1] = 60.
+    assert greedy_scores(circuit_state(torch.ones(1, 3), head))[0].argsort(descending=True).tolist() == [1, 2, 0]
+
+def test_three_classes_are_taken_apart_by_probability(tokenizer):
+    "Each step of the oracle against every trial, by the head as it is."
+    state = Reader(build(tokenizer, ['a', 'b', 'c'])).state(TEXTS)
+    scores = greedy_scores(state)
+    for b, s in enumerate(state.sparse_vector):
+        c, left = state.logits[b].argmax(), s.nonzero()[:, 0].tolist()
+        for j in scores[b].argsort(descending=True)[:min(5, len(left))].tolist():
+            without = torch.stack([state.head(s.clone().index_fill(0, torch.tensor([i]), 0.)[None])[0].double().softmax(-1)[c] for i in left])
+            assert without[left.index(j)] <= without.min() + 1e-6
+            s = s.index_fill(0, torch.tensor([j]), 0.); left.remove(j)

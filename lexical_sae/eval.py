@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from .baselines import measure_baselines
 from .circuits import CompletenessFitter, SeparationFitter, separate
@@ -24,7 +23,7 @@ from .entities import entity_scores
 from .faithfulness import Reader, measure_faithfulness, off_distribution
 from .grounding import FrozenReference, WordAssociations, measure_grounding, sentiment_lexicon
 from .layerwise import measure_layers
-from .model import LexicalSAE, LexicalSAEForTokenClassification, check_texts
+from .model import LexicalSAE, LexicalSAEForTokenClassification, by_length, check_texts, evaluating
 from .ner import PredictionCollector, check_sentences, tag_batches
 from .results import atomic_write, plain
 from .scaling import measure_scaling
@@ -128,9 +127,7 @@ def _class(model, name):
 def _circuits(model, data, max_length, **_):
     "Completeness and separation."
     complete, separate = CompletenessFitter(), SeparationFitter(model)
-    order = sorted(range(len(data.texts)), key=lambda i: len(data.texts[i]))
-    for i in tqdm(range(0, len(order), 32), desc='circuits', disable=len(order) < 640, mininterval=5):
-        rows = order[i:i + 32]
+    for rows in by_length(data.texts, 32, 'circuits'):
         with torch.no_grad(): state = model.classify(model.encode(**model.batch([data.texts[j] for j in rows], max_length)))
         complete.update(state, None if data.labels is None else torch.tensor([data.labels[j] for j in rows])); separate.update(state)
     out = {'completeness': complete.fit().to_dict('index')}
@@ -230,15 +227,12 @@ def evaluate(
     report: Callable = lambda line: None,   # told when a tier is done, such as `print`
 ) -> MechanisticReport:
     "Measure a classifier or a tagger, tier by tier."
-    tiers, was_training, clock, parts = _checked(model, data, tiers, max_length), model.training, _Clock(report), {}
+    tiers, clock, parts = _checked(model, data, tiers, max_length), _Clock(report), {}
     options, data = dict(max_length=max_length, seed=seed, limit=limit), _with_reference(model, data, tiers)
-    model.eval()
-    try:
-        with warnings.catch_warnings():
-            if max_length: warnings.filterwarnings('ignore', message='.*were truncated')
-            if _is_tagger(model): found = clock(tiers, lambda: _tagger_pass(model, data, tiers, parts))
-            else: found = _classifier_tiers(model, data, tiers, options, clock, parts)
-    finally: model.train(was_training)
+    with evaluating(model), warnings.catch_warnings():
+        if max_length: warnings.filterwarnings('ignore', message='.*were truncated')
+        if _is_tagger(model): found = clock(tiers, lambda: _tagger_pass(model, data, tiers, parts))
+        else: found = _classifier_tiers(model, data, tiers, options, clock, parts)
     return MechanisticReport({t: found[t] for t in tiers}, clock.seconds, len(data.texts), seed, parts)
 
 def _is_tagger(model): return isinstance(model, LexicalSAEForTokenClassification)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .dense import DenseClassifier
 from .faithfulness import Reader, erase_words, greedy_scores, word_scores
 from .grounding import centred_contributions, centred_logit
-from .model import LexicalSAE
+from .model import LexicalSAE, evaluating
 from .words import word_spans
 
 # %% ../nbs/05b_explainers.ipynb #08447ae4
@@ -49,7 +49,7 @@ def explain_dims(
 ) -> Attribution:
     "Scores of the open dimensions for the predicted class."
     if method not in DIM_METHODS: raise ValueError(f"Unknown method '{method}': choose one of {', '.join(DIM_METHODS)}.")
-    with torch.no_grad(): state = model.classify(model.encode(**model.batch([text])))
+    with torch.no_grad(), evaluating(model): state = model.classify(model.encode(**model.batch([text])))
     s, c, head = state.sparse_vector, int(state.logits[0].argmax()), state.head
     begin, delta, readings = time.perf_counter(), None, 1
     if method == 'dla': scores = centred_contributions(state)[0]
@@ -153,14 +153,11 @@ def explain_words(
     if method not in WORD_METHODS: raise ValueError(f"Unknown method '{method}': choose one of {', '.join(WORD_METHODS)}.")
     if method == 'dla' and not reader.exact: raise ValueError("A dense classifier has no exact contributions: choose another method.")
     if not n: raise ValueError("The text has no word to explain: remove empty texts.")
-    was_training = reader.model.training
-    reader.model.eval()
-    try:
+    with evaluating(reader.model):
         c = int(reader.read([text])[0].argmax())
         reader.readings, begin = 0, time.perf_counter()
         scores, delta = _scored(reader, text, n, c, method, seed, steps, samples)
         seconds = time.perf_counter() - begin
-    finally: reader.model.train(was_training)
     return Attribution(method, scores.detach().float().cpu(), reader.readings, seconds, delta)
 
 def _scored(reader, text, n, c, method, seed, steps, samples):

@@ -24,7 +24,7 @@ from .dense import DenseClassifier
 from .dla import CircuitState, circuit_state, compute_active_slice_weff, word_columns
 from .explain import position_shares
 from .grounding import centred_contributions
-from .model import LexicalSAE, LexicalSAEConfig, SparseSequence
+from .model import LexicalSAE, LexicalSAEConfig, SparseSequence, by_length, evaluating
 from .targets import is_multilabel
 from .words import word_spans
 
@@ -181,9 +181,8 @@ class Reader:
     @torch.no_grad()
     def read(self, texts: list[str], batch_size: int = 64) -> Tensor:    # [n,C] on the CPU
         "Logits of texts, alike in length together."
-        order, found = sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
-        for i in range(0, len(order), batch_size):
-            rows = order[i:i + batch_size]
+        found = {}
+        for rows in by_length(texts, batch_size, progress=False):
             found |= zip(rows, self.logits(**self.batch([texts[j] for j in rows])).float().cpu())
         return torch.stack([found[i] for i in range(len(texts))])
 
@@ -234,14 +233,11 @@ def word_scores(
     batch_size: int = 32,
 ) -> Tensor|list[Tensor]:     # [n words that are read], or one for each text
     "Exact contributions to the predicted class over the average class, routed to the words of the text: one reading of each."
-    reader = Reader.of(model)
-    if isinstance(texts, str): return next(_batch_scores(reader, reader.read_parts([texts])))
-    texts = reader.read_parts(texts)
-    order, found = sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
-    for i in range(0, len(order), batch_size):
-        rows = order[i:i + batch_size]
-        found |= zip(rows, _batch_scores(reader, [texts[j] for j in rows]))
-    return [found[i] for i in range(len(texts))]
+    reader, found = Reader.of(model), {}
+    parts = reader.read_parts([texts] if isinstance(texts, str) else texts)
+    with evaluating(reader.model):
+        for rows in by_length(parts, batch_size, progress=False): found |= zip(rows, _batch_scores(reader, [parts[j] for j in rows]))
+    return found[0] if isinstance(texts, str) else [found[i] for i in range(len(parts))]
 
 def _best_words(scores, amount):
     "Which words of one text [n] are the best: a share, or a whole number of them."
@@ -260,7 +256,7 @@ def words_curve(
     scores = [s[:len(word_spans(t))] for s, t in zip(scores, texts)]
     masks = [[_best_words(s, b).tolist() for s in scores] for b in bins]
     changed = [[erase_words(t, [x == gone for x in m], reader.empty) for t, m in zip(texts, row)] for gone in (True, False) for row in masks]
-    logits = reader.read(texts + [t for row in changed for t in row]).unflatten(0, (1 + len(changed), len(texts)))
+    with evaluating(reader.model): logits = reader.read(texts + [t for row in changed for t in row]).unflatten(0, (1 + len(changed), len(texts)))
     return _curve(logits[0], logits[1:1 + len(bins)], logits[1 + len(bins):])
 
 def greedy_word_scores(
@@ -272,10 +268,14 @@ def greedy_word_scores(
     reader = Reader.of(model)
     text, = reader.read_parts([text])
     n = len(word_spans(text))
+    steps = math.ceil(share*n) if share is not None else max(math.ceil(max(BINS)*n), min(n, max(COUNTS)))
+    with evaluating(reader.model): return _greedy_words(reader, text, n, max(1, steps))
+
+def _greedy_words(reader, text, n, steps):
+    "The best of all trials, step by step; the words that are left keep their contribution."
     drop, scores, c = [False]*n, word_scores(reader, text) if reader.exact else torch.zeros(n), int(reader.read([text]).argmax())
     floor = scores.abs().max().item() + 1
-    steps = math.ceil(share*n) if share is not None else max(math.ceil(max(BINS)*n), min(n, max(COUNTS)))
-    for step in range(max(1, steps)):
+    for step in range(steps):
         trials = [j for j in range(n) if not drop[j]]
         logits = reader.read([erase_words(text, [d or i == j for i, d in enumerate(drop)], reader.empty) for j in trials])
         j = trials[_odds(logits, c).argmin()]
@@ -295,9 +295,8 @@ def _dims_rows(model, texts, methods, bins, seed, progress):
     "Batch by batch, every method on the same states."
     reader, found = Reader.of(model), {name: ([], []) for name in methods}
     generator = torch.Generator().manual_seed(seed)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for i in tqdm(range(0, len(order), 32), desc='faithfulness', disable=not progress or len(order) < 640, mininterval=5):
-        batch = [texts[j] for j in order[i:i + 32]]
+    for rows in by_length(texts, 32, 'faithfulness', None if progress else False):
+        batch = [texts[j] for j in rows]
         state = reader.state(batch)
         for name, method in methods.items():
             if method == 'dla': scores = centred_contributions(state)
@@ -339,10 +338,7 @@ def measure_faithfulness(
         raise ValueError("A dense classifier has no open dimensions and no exact contributions: use level='words' and methods without 'dla'.")
     if is_multilabel(reader.model.config) if reader.exact else getattr(reader.model, 'multilabel', False):
         raise ValueError("Every class of this model is a yes or no, but erasure is measured on one class of many: use a model with one class a text.")
-    was_training = reader.model.training
-    reader.model.eval()
-    rows = (_dims_rows if level == 'dims' else _words_rows)(model, texts, methods, bins, seed, progress)
-    reader.model.train(was_training)
+    with evaluating(reader.model): rows = (_dims_rows if level == 'dims' else _words_rows)(model, texts, methods, bins, seed, progress)
     return pd.DataFrame(rows).T.rename_axis('method')
 
 # %% ../nbs/05a_faithfulness.ipynb #ee3cf9a7
@@ -390,15 +386,15 @@ def off_distribution(
     "Median distance to the nearest training text, and the AUC with which it tells changed from unchanged."
     reader = Reader.of(model)
     texts = reader.read_parts(texts)
-    was_training = reader.model.training
-    reader.model.eval()
+    with evaluating(reader.model): return _distances(*_near_and_far(reader, train_texts, texts, share))
+
+def _near_and_far(reader, train_texts, texts, share):
+    "Open words [n,V] of training texts, of texts, and of these with their best units erased, by kind."
     def vectors(texts): return torch.cat([reader.state(texts[i:i + 32]).sparse_vector.cpu() for i in range(0, len(texts), 32)])
     erased = [erase_words(t, _best_words(s, share).tolist(), reader.empty) for t, s in zip(texts, word_scores(reader, texts))]
-    train, s = vectors(train_texts), vectors(texts)
+    s = vectors(texts)
     zeroed = torch.cat([_without_best(reader, part, share) for part in s.split(32)])     # contributions of all classes: [32,C,V] at a time
-    changed = {'dimensions zeroed': zeroed, 'words deleted': vectors(erased)}
-    reader.model.train(was_training)
-    return _distances(train, s, changed)
+    return vectors(train_texts), s, {'dimensions zeroed': zeroed, 'words deleted': vectors(erased)}
 
 def _without_best(reader, s, share):
     "Open words [n,V] with the best share of each text at zero."

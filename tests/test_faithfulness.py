@@ -165,6 +165,19 @@ def test_mode_is_given_back(model):
     assert model.training
     model.eval()
 
+def test_no_answer_depends_on_the_mode(model, twin, tokenizer):
+    "Dropout draws anew at every reading: who is asked in training mode answers as in evaluation, and is given back as it was."
+    scores, ask = [torch.arange(float(len(word_spans(t)))) for t in TEXTS], [lambda: explain_dims(model, TEXTS[0], 'dla').scores, lambda: explain_dims(model, TEXTS[0], 'greedy').scores,
+        lambda: word_scores(model, TEXTS[0]), lambda: torch.cat(word_scores(model, TEXTS)), lambda: words_curve(model, TEXTS, scores).without, lambda: greedy_word_scores(model, TEXTS[0]),
+        lambda: explain_words(model, TEXTS[0]).scores, lambda: greedy_word_scores(Reader(twin, tokenizer), TEXTS[0]), lambda: words_curve(Reader(twin, tokenizer), TEXTS, scores).alone]
+    quiet = [f() for f in ask]
+    model.train(); twin.train()
+    assert not torch.equal(Reader(twin, tokenizer).read(TEXTS), Reader(twin, tokenizer).read(TEXTS))    # there is something to depend on
+    loud = [f() for f in ask]
+    assert model.training and twin.training
+    model.eval(); twin.eval()
+    for a, b in zip(quiet, loud): assert torch.equal(a, b)
+
 def test_off_distribution_erases_what_was_asked_for(model):
     "The distance of a text with nothing but its loudest word left grows with the share."
     found = [off_distribution(model, TEXTS, TEXTS, share)['dimensions zeroed']['distance'] for share in (.05, .5, .9)]

@@ -267,6 +267,7 @@ def test_faithfulness_with_rationales(trained):
     "Class names in capitals, texts without a mark, no greedy oracle; every method on dimensions has all texts."
     found, said = experiment(trained, notebook='faithfulness', experiment_name='f', explained=6, rationales=True, greedy_words=False)
     assert 'greedy' not in found['words'] and 'greedy' in found['dims'] and set(found['words']) == set(WORD_METHODS)
+    assert {m for m, c in found['cost_against_dla'].items() if 'seconds_together' in c} == {'integrated_gradients', 'occlusion', 'lime', 'kernel_shap'}
     assert found['dims']['gradient_x_input'] == pytest.approx(found['dims']['dla'], abs=1e-5) and found['distance_to_exact']['gradient_x_input'] < 1e-5
     assert found['texts_without_rationale'] == 3 and {r['texts'] for r in found['rationales'].values()} == {3}
     assert found['words_read'] == dict(share=1., cut=0, texts=8) and '3 of 6 texts have no marked word' in said

@@ -38,7 +38,7 @@ def best_units(
     share: float|None = None,  # of the units present, rounded up, at least one
     count: int|None = None,    # or a number
 ) -> Tensor:             # [B,X] bool
-    "The best-scored units of each row; among equals the first."
+    "The best-scored units of each row, those that speak most for the class (a large negative score is a bad one); among equals the first."
     n = present.sum(-1)
     k = torch.full_like(n, count) if count is not None else (share*n - 1e-9).ceil().long()
     k = torch.minimum(k.clamp(min=1), n)

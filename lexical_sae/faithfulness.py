@@ -382,24 +382,28 @@ def off_distribution(
     train_texts: list[str],
     texts: list[str],          # held out
     share: float = .2,         # of the units erased, best first
+    seed: int = 0,             # of the units erased at random
 ) -> dict:
-    "Median distance to the nearest training text, and the AUC with which it tells changed from unchanged."
+    "Median distance to the nearest training text, and the AUC with which it tells changed from unchanged; of the best units, and of as many at random."
     reader = Reader.of(model)
     texts = reader.read_parts(texts)
-    with evaluating(reader.model): return _distances(*_near_and_far(reader, train_texts, texts, share))
+    with evaluating(reader.model): return _distances(*_near_and_far(reader, train_texts, texts, share, torch.Generator().manual_seed(seed)))
 
-def _near_and_far(reader, train_texts, texts, share):
-    "Open words [n,V] of training texts, of texts, and of these with their best units erased, by kind."
+def _near_and_far(reader, train_texts, texts, share, generator):
+    "Open words [n,V] of training texts, of texts, and of these with units erased, by kind."
     def vectors(texts): return torch.cat([reader.state(texts[i:i + 32]).sparse_vector.cpu() for i in range(0, len(texts), 32)])
-    erased = [erase_words(t, _best_words(s, share).tolist(), reader.empty) for t, s in zip(texts, word_scores(reader, texts))]
-    s = vectors(texts)
-    zeroed = torch.cat([_without_best(reader, part, share) for part in s.split(32)])     # contributions of all classes: [32,C,V] at a time
-    return vectors(train_texts), s, {'dimensions zeroed': zeroed, 'words deleted': vectors(erased)}
+    def deleted(scores): return vectors([erase_words(t, _best_words(x, share).tolist(), reader.empty) for t, x in zip(texts, scores)])
+    exact, s = word_scores(reader, texts), vectors(texts)
+    chance = [torch.rand(len(x), generator=generator) for x in exact]
+    return vectors(train_texts), s, {'dimensions zeroed': _zeroed(reader, s, share), 'dimensions zeroed at random': _zeroed(reader, s, share, generator),
+                                     'words deleted': deleted(exact), 'words deleted at random': deleted(chance)}
 
-def _without_best(reader, s, share):
-    "Open words [n,V] with the best share of each text at zero."
-    state = circuit_state(s.to(reader.device), reader.model.head)
-    return torch.where(best_units(centred_contributions(state), state.sparse_vector > 0, share).cpu(), 0., s)
+def _zeroed(reader, s, share, generator=None):
+    "Open words [n,V] with a share of each text at zero: the best of it, or with a generator any."
+    def less(s):                                                         # contributions of all classes: [32,C,V] at a time
+        scores = torch.rand(s.shape, generator=generator) if generator else centred_contributions(circuit_state(s.to(reader.device), reader.model.head)).cpu()
+        return torch.where(best_units(scores, s > 0, share), 0., s)
+    return torch.cat([less(part) for part in s.split(32)])
 
 def _distances(train, plain, changed):
     "Median distance and AUC of unchanged vectors [n,V] and of each kind of changed ones."

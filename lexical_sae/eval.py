@@ -120,9 +120,10 @@ def _classifier_pass(model, data, max_length, **_):
 
 def _class(model, name):
     "A class by name or id; None stays."
-    if name is None or isinstance(name, int): return name
-    if name not in model.config.label2id: raise ValueError(f"Unknown class '{name}': choose one of {', '.join(model.config.label2id)}.")
-    return model.config.label2id[name]
+    ids = model.config.label2id
+    if name is None or isinstance(name, int) and 0 <= name < len(ids): return name
+    if name not in ids: raise ValueError(f"Unknown class '{name}': choose one of {', '.join(ids)}.")
+    return ids[name]
 
 def _circuits(model, data, max_length, **_):
     "Completeness and separation."
@@ -153,8 +154,6 @@ def _scaling(model, data, max_length, **_):
     return found.to_dict(), found
 
 def _comparisons(model, data, max_length, seed, **_):
-    if data.labels is None or data.train_labels is None:
-        raise ValueError("Comparisons train baselines: give labels, train_texts and train_labels, or leave the tier out.")
     positive = _class(model, data.positive_class)
     lexicon = None if positive is None else sentiment_lexicon()
     found = measure_baselines(model, data.texts, data.labels, data.train_texts, data.train_labels, data.dense, lexicon, positive,
@@ -192,9 +191,7 @@ def _tagger_pass(model, data, wanted, parts):
         collector.update(batch, state.logits); grounding.update(batch, state, data.texts)
         if 'circuits' in wanted: circuits.update(state, _gold_ids(data, batch, names))
     found, out, parts['grounding'] = grounding.fit(), {}, _type_words(grounding)
-    if 'accuracy' in wanted:
-        if data.labels is None: raise ValueError("Accuracy needs labels: give them, or leave the tier out.")
-        out['accuracy'] = entity_scores(data.labels, collector.fit().tags).to_dict()
+    if 'accuracy' in wanted: out['accuracy'] = entity_scores(data.labels, collector.fit().tags).to_dict()
     out |= {t: {k: found[k] for k in keys if k in found} for t, keys in _SHARED.items() if t in wanted and t != 'accuracy'}
     if 'circuits' in wanted:
         out['circuits'] = {'completeness': circuits.fit().to_dict('index') if circuits.rows else {}}
@@ -235,6 +232,7 @@ def evaluate(
         else: found = _classifier_tiers(model, data, tiers, options, clock, parts)
     return MechanisticReport({t: found[t] for t in tiers}, clock.seconds, len(data.texts), seed, parts)
 
+# %% ../nbs/05_eval.ipynb #bb307611
 def _is_tagger(model): return isinstance(model, LexicalSAEForTokenClassification)
 
 def _checked(model, data, tiers, max_length):
@@ -244,13 +242,34 @@ def _checked(model, data, tiers, max_length):
     if unknown := [t for t in tiers if t not in TIERS]: raise ValueError(f"Unknown tier '{unknown[0]}': choose from {', '.join(TIERS)}.")
     if not tiers: raise ValueError(f"No tier was asked for: choose from {', '.join(TIERS)}.")
     if not data.texts: raise ValueError("There is no text to evaluate on: pass at least one.")
-    if 'accuracy' in tiers and data.labels is None: raise ValueError("Accuracy needs labels: give them, or leave the tier out.")
     if _is_tagger(model):
         if max_length: raise ValueError("A tagger reads every word of a sentence: leave max_length out.")
         _check_tags(data)
     else: check_texts(data.texts)
     if beyond := [t for t in tiers if t not in may]: raise ValueError(f"The tier '{beyond[0]}' {why} choose from {', '.join(may)}.")
+    if 'accuracy' in tiers and data.labels is None: raise ValueError("Accuracy needs labels: give them, or leave the tier out.")
+    if not _is_tagger(model): _check_needs(model, data, tiers)
     return tiers
+
+def _check_needs(model, data, tiers):
+    "What a classifier's tiers would find missing in the middle of a measurement."
+    if set(tiers) & {*_SHARED, 'comparisons'}: _class(model, data.positive_class)
+    if data.train_texts and set(tiers) & {'faithfulness', 'scaling'}: check_texts(data.train_texts)
+    if 'layers' in tiers and model.query is not None:
+        raise ValueError("With attention pooling a word has no single position, and layers are split by it: leave the tier 'layers' out.")
+    if 'scaling' in tiers and data.train_texts and model.tokenizer.mask_token_id is None:
+        raise ValueError("This tokenizer has no mask token, and the masked-language-model loss needs one: leave the tier 'scaling' or train_texts out.")
+    if 'comparisons' in tiers: _check_comparisons(data, _class(model, data.positive_class))
+
+def _check_comparisons(data, positive):
+    "What baselines are trained on, and what a lexicon can tell apart."
+    if data.labels is None or data.train_labels is None:
+        raise ValueError("Comparisons train baselines: give labels, train_texts and train_labels, or leave the tier out.")
+    known = set(data.train_labels)
+    if len(known) < 2: raise ValueError("All training labels are the same, and comparisons train baselines on them: give texts of several classes, or leave the tier out.")
+    if positive is not None and (positive not in (0, 1) or known - {0, 1}):
+        raise ValueError("Comparisons hold a lexicon against two classes, positive_class and the other: leave positive_class or the tier out.")
+    if data.dense is not None and len(data.texts) < 2: raise ValueError("Autoencoders are told by the spread of held-out texts: give at least two, or leave dense out.")
 
 def _with_reference(model, data, tiers):
     "The data with the reference, loaded once, where a tier compares with it."

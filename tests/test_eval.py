@@ -187,6 +187,22 @@ def test_refusals(model, tagger):
     for tier in TIERS[len(CHEAP):]:
         with pytest.raises(ValueError, match=f"The tier '{tier}' asks about texts"): evaluate(tagger, EvaluationData(SENTENCES, GOLD), (tier,))
 
+def test_the_table_holds_short_lists():
+    frontier = [dict(k=1, accuracy=.5, inner=[dict(name='a', x=1.)]), dict(k=5, accuracy=.75)]
+    tiers = {'scaling': {'frontier': frontier, 'same': [dict(k=1, v=2), dict(k=1, v=3)], 'mixed': [1, 'x', None, True, {}], 'short': list(range(9)), 'long': [0]*17, 'a|b': 4, 'none': []}}
+    report = MechanisticReport(tiers, {'scaling': 1.}, 3, 7)
+    own = {'frontier.k=1.accuracy': .5, 'frontier.k=1.inner.name=a.x': 1., 'frontier.k=5.accuracy': .75, 'same[0].k': 1, 'same[0].v': 2, 'same[1].k': 1, 'same[1].v': 3, 'mixed[0]': 1}
+    assert report.to_frame().loc['scaling'].value.to_dict() == own | {f'short[{i}]': i for i in range(9)} | {'a|b': 4}
+    assert len(report.to_frame(20)) == len(own) + 9 + 1 + 17
+    assert len(report.to_markdown().splitlines()) == 2 + len(own) + 1 and r'| scaling | a\|b | 4 |' in report.to_markdown()
+
+def test_the_sheet_stays_a_sheet_with_many_classes():
+    names = [f'c{i}' for i in range(20)]
+    apart = separate(torch.eye(20, 30), names, [f'w{i}' for i in range(30)])
+    report = MechanisticReport({'circuits': {}}, {'circuits': 1.}, 3, 7, {'circuits': apart})
+    row, = report.plot().subfigs
+    assert row.get_suptitle() == 'circuits: the first 8 of 20' and [ax.get_title() for ax in row.axes] == names[:8]
+
 def maskless(made):
     made.tokenizer = copy.deepcopy(made.tokenizer)
     made.tokenizer.mask_token = None

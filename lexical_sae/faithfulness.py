@@ -391,7 +391,10 @@ def off_distribution(
 
 def _near_and_far(reader, train_texts, texts, share, generator):
     "Open words [n,V] of training texts, of texts, and of these with units erased, by kind."
-    def vectors(texts): return torch.cat([reader.state(texts[i:i + 32]).sparse_vector.cpu() for i in range(0, len(texts), 32)])
+    def vectors(texts):
+        found = {}
+        for rows in by_length(texts, progress=False): found |= zip(rows, reader.state([texts[j] for j in rows]).sparse_vector.cpu())
+        return torch.stack([found[i] for i in range(len(texts))])
     def deleted(scores): return vectors([erase_words(t, _best_words(x, share).tolist(), reader.empty) for t, x in zip(texts, scores)])
     exact, s = word_scores(reader, texts), vectors(texts)
     chance = [torch.rand(len(x), generator=generator) for x in exact]

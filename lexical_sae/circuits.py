@@ -30,7 +30,7 @@ def circuit_sizes(
     return {f'{s:.0%}': dict(share=s) for s in shares} | {f'{c} word' + 's'*(c > 1): dict(count=c) for c in counts}
 
 class CompletenessFitter:
-    "Streams over classified texts: what is left of the predictions when only the strongest words stay."
+    "Streams over classified texts: what is left of the predictions when only the strongest words stay, by size, whatever the sign (`circuit_mask`)."
     def __init__(self,
         shares: tuple = SHARES,   # of a text's open words, rounded up
         counts: tuple = COUNTS,   # of words
@@ -69,7 +69,7 @@ class CompletenessFitter:
 class Separation:
     "Mean circuits of the classes, and how alike they are."
     classes: tuple        # names
-    words: tuple          # for each class its strongest (word, mean contribution)
+    words: tuple          # for each class the (word, mean contribution) that speak most for it
     cosine: np.ndarray    # [C,C]
     jaccard: np.ndarray   # [C,C] of the `top` strongest words
     top: int

@@ -24,7 +24,7 @@ from .dense import DenseClassifier
 from .dla import CircuitState, circuit_state, compute_active_slice_weff, word_columns
 from .explain import position_shares
 from .grounding import centred_contributions
-from .model import LexicalSAE, LexicalSAEConfig, SparseSequence
+from .model import LexicalSAE, LexicalSAEConfig, SparseSequence, by_length, evaluating
 from .targets import is_multilabel
 from .words import word_spans
 
@@ -38,7 +38,7 @@ def best_units(
     share: float|None = None,  # of the units present, rounded up, at least one
     count: int|None = None,    # or a number
 ) -> Tensor:             # [B,X] bool
-    "The best-scored units of each row; among equals the first."
+    "The best-scored units of each row, those that speak most for the class (a large negative score is a bad one); among equals the first."
     n = present.sum(-1)
     k = torch.full_like(n, count) if count is not None else (share*n - 1e-9).ceil().long()
     k = torch.minimum(k.clamp(min=1), n)
@@ -84,12 +84,18 @@ def dims_curve(
     return _curve(state.logits, run(False), run(True))
 
 # %% ../nbs/05a_faithfulness.ipynb #b7dd4980
+def _odds(logits, c):
+    "Log-odds [n] of a class, which order as its probability and do not saturate; one logit stands against nothing."
+    if logits.shape[-1] == 1: return logits[:, 0]
+    others = logits.clone(); others[:, c] = -torch.inf
+    return logits[:, c] - others.logsumexp(-1)
+
 @torch.no_grad()
 def greedy_scores(
     state: CircuitState,
     steps: int|None = None,   # words to order; None: all. The others follow by their contribution
 ) -> Tensor:                  # [B,V] the first to be removed has the largest score
-    "Scores of the greedy oracle."
+    "Scores of the greedy oracle: its order lowers the probability of the predicted class."
     scores = centred_contributions(state).clone()                        # [B,V]
     head, floor = state.head, scores.abs().max().item() + 1
     for b, s in enumerate(state.sparse_vector):
@@ -98,10 +104,7 @@ def greedy_scores(
         u, left, c = columns.sum(1) + head.words.bias, torch.ones(len(ids), dtype=torch.bool, device=s.device), state.logits[b].argmax()
         for step in range(min(len(ids), steps or len(ids))):
             logits = head.from_hidden((u[:, None] - columns).T)          # [K,C] each word removed in turn
-            others = logits.clone(); others[:, c] = -torch.inf
-            rival = others.amax(-1) if others.shape[-1] > 1 else 0.      # one logit stands against nothing
-            gap = (logits[:, c] - rival).masked_fill(~left, torch.inf)
-            j = gap.argmin()
+            j = _odds(logits, c).masked_fill(~left, torch.inf).argmin()
             scores[b, ids[j]] = floor + len(ids) - step
             u, left[j] = u - columns[:, j], False
     return scores
@@ -133,7 +136,8 @@ class Reader:
         self.tokenizer = model._need_tokenizer() if self.exact else tokenizer
         if self.tokenizer is None: raise ValueError("A dense classifier does not know its tokenizer: pass it.")
         self.encoder = model.backbone if self.exact else model.encoder
-        limit = LexicalSAEConfig(backbone_config=self.encoder.config).max_positions
+        self.config = LexicalSAEConfig(backbone_config=self.encoder.config)      # knows the limit of a dense twin's encoder too
+        limit = self.config.max_positions
         self.max_length, self.readings, self.device = min(max_length or limit, limit), 0, next(model.parameters()).device
         self.warns = max_length is None                  # who chooses a length knows that it cuts
         self.empty = self.tokenizer.mask_token or '.'    # read when no word is left
@@ -145,12 +149,26 @@ class Reader:
 
     @property
     def embeddings(self) -> nn.Module: return self.encoder.get_input_embeddings()
+    def _need_tokenizer(self): return self.tokenizer
+
+    def read_part(self, text: str) -> str:
+        "The part of a text that is read (`LexicalSAE.read_part`, of a dense twin too); a part is read whole."
+        part = LexicalSAE.read_part(self, text, self.max_length)
+        return part if part == text else self.read_part(part)            # what ends within a word may be split into more tokens
+
+    def read_parts(self, texts: list[str]) -> list[str]:
+        "The same of several; a warning counts those that are cut, unless a length was chosen."
+        parts = [self.read_part(t) for t in texts]
+        self._warn(sum(len(p) < len(t.rstrip()) for p, t in zip(parts, texts)), len(texts))
+        return parts
+
+    def _warn(self, cut, n):
+        if cut and self.warns: warnings.warn(f"{cut} of {n} texts are longer than {self.max_length} tokens and were truncated.")
 
     def batch(self, texts: list[str]) -> dict:
         "Padded ids and mask, on the model's device."
         enc = self.tokenizer(texts, truncation=True, max_length=self.max_length, padding=True, return_tensors='pt')
-        cut = sum(bool(e.overflowing) for e in enc.encodings or ())
-        if cut and self.warns: warnings.warn(f"{cut} of {len(texts)} texts are longer than {self.max_length} tokens and were truncated.")
+        self._warn(sum(bool(e.overflowing) for e in enc.encodings or ()), len(texts))
         return {k: enc[k].to(self.device) for k in ('input_ids', 'attention_mask')}
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor, keep: Tensor|None = None) -> Tensor:  # [n,C]
@@ -163,9 +181,8 @@ class Reader:
     @torch.no_grad()
     def read(self, texts: list[str], batch_size: int = 64) -> Tensor:    # [n,C] on the CPU
         "Logits of texts, alike in length together."
-        order, found = sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
-        for i in range(0, len(order), batch_size):
-            rows = order[i:i + batch_size]
+        found = {}
+        for rows in by_length(texts, batch_size, progress=False):
             found |= zip(rows, self.logits(**self.batch([texts[j] for j in rows])).float().cpu())
         return torch.stack([found[i] for i in range(len(texts))])
 
@@ -214,15 +231,13 @@ def word_scores(
     model: LexicalSAE|Reader,
     texts: str|list[str],
     batch_size: int = 32,
-) -> Tensor|list[Tensor]:     # [n words], or one for each text
+) -> Tensor|list[Tensor]:     # [n words that are read], or one for each text
     "Exact contributions to the predicted class over the average class, routed to the words of the text: one reading of each."
-    reader = Reader.of(model)
-    if isinstance(texts, str): return next(_batch_scores(reader, [texts]))
-    order, found = sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
-    for i in range(0, len(order), batch_size):
-        rows = order[i:i + batch_size]
-        found |= zip(rows, _batch_scores(reader, [texts[j] for j in rows]))
-    return [found[i] for i in range(len(texts))]
+    reader, found = Reader.of(model), {}
+    parts = reader.read_parts([texts] if isinstance(texts, str) else texts)
+    with evaluating(reader.model):
+        for rows in by_length(parts, batch_size, progress=False): found |= zip(rows, _batch_scores(reader, [parts[j] for j in rows]))
+    return found[0] if isinstance(texts, str) else [found[i] for i in range(len(parts))]
 
 def _best_words(scores, amount):
     "Which words of one text [n] are the best: a share, or a whole number of them."
@@ -232,30 +247,38 @@ def _best_words(scores, amount):
 def words_curve(
     model: LexicalSAE|Reader,
     texts: list[str],
-    scores: list[Tensor],     # for each text one number per word
+    scores: list[Tensor],     # for each text one number per word; those of words that are not read are left out
     bins: tuple = BINS,       # shares, or whole numbers of words
 ) -> ErasureCurve:
-    "Erase words of the input and read again."
+    "Erase words of the input that are read, and read again."
     reader = Reader.of(model)
+    texts = reader.read_parts(texts)
+    scores = [s[:len(word_spans(t))] for s, t in zip(scores, texts)]
     masks = [[_best_words(s, b).tolist() for s in scores] for b in bins]
     changed = [[erase_words(t, [x == gone for x in m], reader.empty) for t, m in zip(texts, row)] for gone in (True, False) for row in masks]
-    logits = reader.read(list(texts) + [t for row in changed for t in row]).unflatten(0, (1 + len(changed), len(texts)))
+    with evaluating(reader.model): logits = reader.read(texts + [t for row in changed for t in row]).unflatten(0, (1 + len(changed), len(texts)))
     return _curve(logits[0], logits[1:1 + len(bins)], logits[1 + len(bins):])
 
 def greedy_word_scores(
     model: LexicalSAE|Reader,
     text: str,
     share: float|None = None, # of the words put in order, the others follow by their contribution; None: as many as `BINS` and `COUNTS` remove
-) -> Tensor:                  # [n words]
+) -> Tensor:                  # [n words that are read]
     "The greedy oracle on words: for n words at most n readings of the text a step."
-    reader, n = Reader.of(model), len(word_spans(text))
+    reader = Reader.of(model)
+    text, = reader.read_parts([text])
+    n = len(word_spans(text))
+    steps = math.ceil(share*n) if share is not None else max(math.ceil(max(BINS)*n), min(n, max(COUNTS)))
+    with evaluating(reader.model): return _greedy_words(reader, text, n, max(1, steps))
+
+def _greedy_words(reader, text, n, steps):
+    "The best of all trials, step by step; the words that are left keep their contribution."
     drop, scores, c = [False]*n, word_scores(reader, text) if reader.exact else torch.zeros(n), int(reader.read([text]).argmax())
     floor = scores.abs().max().item() + 1
-    steps = math.ceil(share*n) if share is not None else max(math.ceil(max(BINS)*n), min(n, max(COUNTS)))
-    for step in range(max(1, steps)):
+    for step in range(steps):
         trials = [j for j in range(n) if not drop[j]]
         logits = reader.read([erase_words(text, [d or i == j for i, d in enumerate(drop)], reader.empty) for j in trials])
-        j = trials[logits.log_softmax(-1)[:, c].argmin()]
+        j = trials[_odds(logits, c).argmin()]
         drop[j], scores[j] = True, floor + n - step
     return scores
 
@@ -272,9 +295,8 @@ def _dims_rows(model, texts, methods, bins, seed, progress):
     "Batch by batch, every method on the same states."
     reader, found = Reader.of(model), {name: ([], []) for name in methods}
     generator = torch.Generator().manual_seed(seed)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for i in tqdm(range(0, len(order), 32), desc='faithfulness', disable=not progress or len(order) < 640, mininterval=5):
-        batch = [texts[j] for j in order[i:i + 32]]
+    for rows in by_length(texts, 32, 'faithfulness', None if progress else False):
+        batch = [texts[j] for j in rows]
         state = reader.state(batch)
         for name, method in methods.items():
             if method == 'dla': scores = centred_contributions(state)
@@ -297,8 +319,8 @@ def _words_rows(model, texts, methods, bins, seed, progress):
 
 def measure_faithfulness(
     model: LexicalSAE|Reader,     # a `Reader` of the dense twin: words only, and without "dla"
-    texts: list[str],
-    methods: tuple|Mapping[str, Callable] = ('dla', 'random', 'greedy'),  # names, or name -> callable(model, text) -> scores
+    texts: list[str],             # of each the part that is read
+    methods: tuple|Mapping[str, Callable] = ('dla', 'random', 'greedy'),  # names, or name -> callable(model, text) -> scores; it is given the part that is read
     level: str = 'dims',          # "dims": open dimensions; "words": words of the input
     bins: tuple = BINS,
     seed: int = 0,                # of the random order
@@ -306,20 +328,17 @@ def measure_faithfulness(
 ) -> pd.DataFrame:                # one row for each method
     "Comprehensiveness, sufficiency and removability (1911.03429) of each method's scores."
     if level not in ('dims', 'words'): raise ValueError(f"level must be 'dims' or 'words', got '{level}'.")
-    texts = [t for t in texts if word_spans(t)]
+    reader = Reader.of(model)
+    texts = [t for t in reader.read_parts(texts) if word_spans(t)]
     if not texts: raise ValueError("No text with a word was given: pass at least one.")
     methods = dict(methods) if isinstance(methods, Mapping) else {m: m for m in methods}
     if unknown := [m for m in methods.values() if isinstance(m, str) and m not in ('dla', 'random', 'greedy')]:
         raise ValueError(f"Unknown method '{unknown[0]}': use dla, random, greedy, or a mapping from a name to a function of model and text.")
-    reader = Reader.of(model)
     if not reader.exact and (level == 'dims' or 'dla' in methods.values()):
         raise ValueError("A dense classifier has no open dimensions and no exact contributions: use level='words' and methods without 'dla'.")
     if is_multilabel(reader.model.config) if reader.exact else getattr(reader.model, 'multilabel', False):
         raise ValueError("Every class of this model is a yes or no, but erasure is measured on one class of many: use a model with one class a text.")
-    was_training = reader.model.training
-    reader.model.eval()
-    rows = (_dims_rows if level == 'dims' else _words_rows)(model, texts, methods, bins, seed, progress)
-    reader.model.train(was_training)
+    with evaluating(reader.model): rows = (_dims_rows if level == 'dims' else _words_rows)(model, texts, methods, bins, seed, progress)
     return pd.DataFrame(rows).T.rename_axis('method')
 
 # %% ../nbs/05a_faithfulness.ipynb #ee3cf9a7
@@ -363,23 +382,31 @@ def off_distribution(
     train_texts: list[str],
     texts: list[str],          # held out
     share: float = .2,         # of the units erased, best first
+    seed: int = 0,             # of the units erased at random
 ) -> dict:
-    "Median distance to the nearest training text, and the AUC with which it tells changed from unchanged."
+    "Median distance to the nearest training text, and the AUC with which it tells changed from unchanged; of the best units, and of as many at random."
     reader = Reader.of(model)
-    was_training = reader.model.training
-    reader.model.eval()
-    def vectors(texts): return torch.cat([reader.state(texts[i:i + 32]).sparse_vector.cpu() for i in range(0, len(texts), 32)])
-    erased = [erase_words(t, _best_words(s, share).tolist(), reader.empty) for t, s in zip(texts, word_scores(reader, texts))]
-    train, s = vectors(train_texts), vectors(texts)
-    zeroed = torch.cat([_without_best(reader, part, share) for part in s.split(32)])     # contributions of all classes: [32,C,V] at a time
-    changed = {'dimensions zeroed': zeroed, 'words deleted': vectors(erased)}
-    reader.model.train(was_training)
-    return _distances(train, s, changed)
+    texts = reader.read_parts(texts)
+    with evaluating(reader.model): return _distances(*_near_and_far(reader, train_texts, texts, share, torch.Generator().manual_seed(seed)))
 
-def _without_best(reader, s, share):
-    "Open words [n,V] with the best share of each text at zero."
-    state = circuit_state(s.to(reader.device), reader.model.head)
-    return torch.where(best_units(centred_contributions(state), state.sparse_vector > 0, share).cpu(), 0., s)
+def _near_and_far(reader, train_texts, texts, share, generator):
+    "Open words [n,V] of training texts, of texts, and of these with units erased, by kind."
+    def vectors(texts):
+        found = {}
+        for rows in by_length(texts, progress=False): found |= zip(rows, reader.state([texts[j] for j in rows]).sparse_vector.cpu())
+        return torch.stack([found[i] for i in range(len(texts))])
+    def deleted(scores): return vectors([erase_words(t, _best_words(x, share).tolist(), reader.empty) for t, x in zip(texts, scores)])
+    exact, s = word_scores(reader, texts), vectors(texts)
+    chance = [torch.rand(len(x), generator=generator) for x in exact]
+    return vectors(train_texts), s, {'dimensions zeroed': _zeroed(reader, s, share), 'dimensions zeroed at random': _zeroed(reader, s, share, generator),
+                                     'words deleted': deleted(exact), 'words deleted at random': deleted(chance)}
+
+def _zeroed(reader, s, share, generator=None):
+    "Open words [n,V] with a share of each text at zero: the best of it, or with a generator any."
+    def less(s):                                                         # contributions of all classes: [32,C,V] at a time
+        scores = torch.rand(s.shape, generator=generator) if generator else centred_contributions(circuit_state(s.to(reader.device), reader.model.head)).cpu()
+        return torch.where(best_units(scores, s > 0, share), 0., s)
+    return torch.cat([less(part) for part in s.split(32)])
 
 def _distances(train, plain, changed):
     "Median distance and AUC of unchanged vectors [n,V] and of each kind of changed ones."

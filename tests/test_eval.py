@@ -1,4 +1,5 @@
 "Chapters 05 and 05aa: every tier against a slow recomputation, independence of batches and of other tiers, edge cases, error sentences."
+import copy
 import json
 import math
 
@@ -185,6 +186,49 @@ def test_refusals(model, tagger):
     with pytest.raises(ValueError, match='labels has 2 entries for 0 texts'): EvaluationData([], [1, 0])
     for tier in TIERS[len(CHEAP):]:
         with pytest.raises(ValueError, match=f"The tier '{tier}' asks about texts"): evaluate(tagger, EvaluationData(SENTENCES, GOLD), (tier,))
+
+def test_the_table_holds_short_lists():
+    frontier = [dict(k=1, accuracy=.5, inner=[dict(name='a', x=1.)]), dict(k=5, accuracy=.75)]
+    tiers = {'scaling': {'frontier': frontier, 'same': [dict(k=1, v=2), dict(k=1, v=3)], 'mixed': [1, 'x', None, True, {}], 'short': list(range(9)), 'long': [0]*17, 'a|b': 4, 'none': []}}
+    report = MechanisticReport(tiers, {'scaling': 1.}, 3, 7)
+    own = {'frontier.k=1.accuracy': .5, 'frontier.k=1.inner.name=a.x': 1., 'frontier.k=5.accuracy': .75, 'same[0].k': 1, 'same[0].v': 2, 'same[1].k': 1, 'same[1].v': 3, 'mixed[0]': 1}
+    assert report.to_frame().loc['scaling'].value.to_dict() == own | {f'short[{i}]': i for i in range(9)} | {'a|b': 4}
+    assert len(report.to_frame(20)) == len(own) + 9 + 1 + 17
+    assert len(report.to_markdown().splitlines()) == 2 + len(own) + 1 and r'| scaling | a\|b | 4 |' in report.to_markdown()
+
+def test_the_sheet_stays_a_sheet_with_many_classes():
+    names = [f'c{i}' for i in range(20)]
+    apart = separate(torch.eye(20, 30), names, [f'w{i}' for i in range(30)])
+    report = MechanisticReport({'circuits': {}}, {'circuits': 1.}, 3, 7, {'circuits': apart})
+    row, = report.plot().subfigs
+    assert row.get_suptitle() == 'circuits: the first 8 of 20' and [ax.get_title() for ax in row.axes] == names[:8]
+
+def maskless(made):
+    made.tokenizer = copy.deepcopy(made.tokenizer)
+    made.tokenizer.mask_token = None
+
+@pytest.mark.parametrize('lacking, change, sentence', [
+    (dict(train_labels=None), None, 'Comparisons train baselines: give labels, train_texts and train_labels'),
+    (dict(labels=None), None, 'Accuracy needs labels'),
+    (dict(train_labels=[1]*20), None, 'All training labels are the same'),
+    (dict(positive_class='maybe'), None, "Unknown class 'maybe': choose one of no, yes, so"),
+    (dict(positive_class=3), None, "Unknown class '3': choose one of no, yes, so"),
+    (dict(positive_class='yes', train_labels=[0, 1, 2, 0]*5), None, 'a lexicon against two classes'),
+    (dict(positive_class='so'), None, 'a lexicon against two classes'),
+    (dict(train_texts=[*TEXTS[20:39], ' ']), None, 'Text 19 is empty'),
+    ({}, maskless, "no mask token.*leave the tier 'scaling' or train_texts out"),
+    ({}, lambda made: setattr(made, 'query', nn.Parameter(torch.zeros(4))), "leave the tier 'layers' out")])
+def test_what_is_missing_is_said_before_anything_runs(model, monkeypatch, lacking, change, sentence):
+    held = data(model, **lacking)
+    if change: change(model)
+    monkeypatch.setattr(type(model), 'encode', lambda *args, **kwargs: pytest.fail('a text was read'))
+    with pytest.raises(ValueError, match=sentence): evaluate(model, held, TIERS)
+
+def test_what_no_tier_needs_is_not_asked_for(model):
+    found = evaluate(model, data(model, positive_class='maybe', train_labels=None), ('circuits', 'scaling'))
+    assert list(found.tiers) == ['circuits', 'scaling']
+    maskless(model)
+    assert evaluate(model, data(model, train_texts=None, train_labels=None), ('scaling',))['scaling']['downstream'] is None
 
 # ---- taggers -----------------------------------------------------------------------------------------------------
 def tagged(tagger, tiers=CHEAP, **kwargs):

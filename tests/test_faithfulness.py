@@ -1,16 +1,20 @@
 "Chapters 05a and 05b: who may be read, error sentences, independence of batches, and the two experiments end to end."
+import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, RobertaConfig, RobertaModel
 
 from lexical_sae.dense import DenseClassifier
+from lexical_sae.dla import ClassifierHead, circuit_state
 from lexical_sae.explainers import WORD_METHODS, Reader, compare_explainers, explain_dims, explain_words
 from lexical_sae.faithfulness import (greedy_scores, greedy_word_scores, measure_faithfulness, off_distribution, rationale_agreement, word_scores,
                                       words_curve)
@@ -76,6 +80,46 @@ def test_of_keeps_a_reader(model):
     reader = Reader(model, max_length=7)
     assert Reader.of(reader) is reader and Reader.of(model).max_length == 48
 
+LONG = [f'{t} , though {u} and {t} {i} times' for i, (t, u) in enumerate(zip(TEXTS, TEXTS[::-1]))]
+
+@pytest.mark.parametrize('network', ['model', 'twin'])
+def test_a_long_text_is_measured_as_the_part_that_is_read(request, tokenizer, network):
+    "Words beyond the limit are no units: they are neither counted nor pulled into view when others go."
+    reader = Reader(request.getfixturevalue(network), tokenizer, max_length=9)
+    parts = [reader.read_part(t) for t in LONG]
+    assert all(t.startswith(p) and len(word_spans(t)) > 2*len(word_spans(p)) for t, p in zip(LONG, parts)) and reader.read_parts(parts) == parts
+    def equal(of): assert of(LONG).equals(of(parts)) if isinstance(of(LONG), pd.DataFrame) else str(of(LONG)) == str(of(parts))
+    methods = {'random': 'random', 'greedy': 'greedy', 'occlusion': lambda r, t: explain_words(r, t, 'occlusion').scores} | ({'dla': 'dla'} if reader.exact else {})
+    equal(lambda texts: measure_faithfulness(reader, texts, methods, level='words', progress=False))
+    equal(lambda texts: compare_explainers(reader, texts, progress=False, samples=20, steps=4)[1])
+    equal(lambda texts: greedy_word_scores(reader, texts[0]))
+    order = [torch.arange(len(word_spans(t)), dtype=torch.float).flip(0) for t in LONG]
+    equal(lambda texts: words_curve(reader, texts, order).without)
+    if reader.exact:
+        equal(lambda texts: word_scores(reader, texts)); equal(lambda texts: measure_faithfulness(reader, texts, progress=False))
+        equal(lambda texts: off_distribution(reader, TEXTS, texts))
+
+def test_the_part_that_a_twin_reads_is_the_models(model, twin, tokenizer):
+    for n in range(3, 20): assert [Reader(twin, tokenizer, n).read_part(t) for t in LONG] == [model.read_part(t, n) for t in LONG] == Reader(model, max_length=n).read_parts(LONG)
+
+def test_a_part_is_read_whole(tokenizer):
+    "Cut within a word, the rest of it may take more tokens than the whole did: the part is cut until it fits."
+    class Syllables:
+        "Two letters a token but for one word, which is one token when it is whole."
+        is_fast, mask_token = True, '?'
+        def num_special_tokens_to_add(self): return 0
+        def __call__(self, text, truncation, max_length, **_):
+            whole = [(0, 8), (8, 10)] if text.startswith('abcdefgh') and len(text) > 9 else [(i, min(i + 2, len(text))) for i in range(0, len(text), 2)]
+            return {'offset_mapping': whole[:max_length]}
+    reader = Reader.__new__(Reader)
+    reader.tokenizer, reader.max_length, reader.config = Syllables(), 1, BertConfig()
+    reader.config.max_positions = 9
+    assert reader.read_part('abcdefghij') == 'ab' == reader.read_part('ab')
+
+def test_a_warning_says_what_is_left_out(model, recwarn):
+    measure_faithfulness(model, [*TEXTS, 'bank '*100], ('random',), level='words', progress=False)
+    assert [str(w.message) for w in recwarn if 'truncated' in str(w.message)] == ['1 of 5 texts are longer than 48 tokens and were truncated.']
+
 # ---- faithfulness ----------------------------------------------------------------------------------------------
 def test_every_text_with_a_reader_or_a_model(model):
     for level in ('dims', 'words'):
@@ -122,6 +166,19 @@ def test_mode_is_given_back(model):
     measure_faithfulness(model, TEXTS, ('random',), progress=False); off_distribution(model, TEXTS, TEXTS[:2])
     assert model.training
     model.eval()
+
+def test_no_answer_depends_on_the_mode(model, twin, tokenizer):
+    "Dropout draws anew at every reading: who is asked in training mode answers as in evaluation, and is given back as it was."
+    scores, ask = [torch.arange(float(len(word_spans(t)))) for t in TEXTS], [lambda: explain_dims(model, TEXTS[0], 'dla').scores, lambda: explain_dims(model, TEXTS[0], 'greedy').scores,
+        lambda: word_scores(model, TEXTS[0]), lambda: torch.cat(word_scores(model, TEXTS)), lambda: words_curve(model, TEXTS, scores).without, lambda: greedy_word_scores(model, TEXTS[0]),
+        lambda: explain_words(model, TEXTS[0]).scores, lambda: greedy_word_scores(Reader(twin, tokenizer), TEXTS[0]), lambda: words_curve(Reader(twin, tokenizer), TEXTS, scores).alone]
+    quiet = [f() for f in ask]
+    model.train(); twin.train()
+    assert not torch.equal(Reader(twin, tokenizer).read(TEXTS), Reader(twin, tokenizer).read(TEXTS))    # there is something to depend on
+    loud = [f() for f in ask]
+    assert model.training and twin.training
+    model.eval(); twin.eval()
+    for a, b in zip(quiet, loud): assert torch.equal(a, b)
 
 def test_off_distribution_erases_what_was_asked_for(model):
     "The distance of a text with nothing but its loudest word left grows with the share."
@@ -211,7 +268,10 @@ def experiment(folder, **params):
 def test_faithfulness_with_rationales(trained):
     "Class names in capitals, texts without a mark, no greedy oracle; every method on dimensions has all texts."
     found, said = experiment(trained, notebook='faithfulness', experiment_name='f', explained=6, rationales=True, greedy_words=False)
+    always, = re.findall(r'^measures = (\[.*?\])', '\n'.join(''.join(c['source']) for c in json.loads((ROOT/'nbs/experiments/faithfulness.ipynb').read_text())['cells']), re.M)
+    assert set(ast.literal_eval(always)) == set(found) - {'accuracy'}
     assert 'greedy' not in found['words'] and 'greedy' in found['dims'] and set(found['words']) == set(WORD_METHODS)
+    assert {m for m, c in found['cost_against_dla'].items() if 'seconds_together' in c} == {'integrated_gradients', 'occlusion', 'lime', 'kernel_shap'}
     assert found['dims']['gradient_x_input'] == pytest.approx(found['dims']['dla'], abs=1e-5) and found['distance_to_exact']['gradient_x_input'] < 1e-5
     assert found['texts_without_rationale'] == 3 and {r['texts'] for r in found['rationales'].values()} == {3}
     assert found['words_read'] == dict(share=1., cut=0, texts=8) and '3 of 6 texts have no marked word' in said
@@ -242,3 +302,20 @@ def test_one_logit_is_explained_by_its_own_parts(tokenizer):
         j, lost = int(own[0].argmax()), removal_effects(state)
         assert lost[0, j].item() == pytest.approx((state.logits - asked.head(state.sparse_vector.index_fill(1, torch.tensor([j]), 0.))).item(), abs=1e-5)
         assert sorted(greedy_scores(state)[0].topk(int(state.num_active)).indices.tolist()) == state.sparse_vector[0].nonzero()[:, 0].tolist()
+
+def test_a_sure_prediction_still_has_an_order():
+    "The probability is 1 to the last bit whatever goes, its odds are not."
+    head = ClassifierHead(3, 2, hidden=0)
+    with torch.no_grad(): head.fc2.weight[1] = torch.tensor([1., 3., 2.]); head.fc2.bias[1] = 60.
+    assert greedy_scores(circuit_state(torch.ones(1, 3), head))[0].argsort(descending=True).tolist() == [1, 2, 0]
+
+def test_three_classes_are_taken_apart_by_probability(tokenizer):
+    "Each step of the oracle against every trial, by the head as it is."
+    state = Reader(build(tokenizer, ['a', 'b', 'c'])).state(TEXTS)
+    scores = greedy_scores(state)
+    for b, s in enumerate(state.sparse_vector):
+        c, left = state.logits[b].argmax(), s.nonzero()[:, 0].tolist()
+        for j in scores[b].argsort(descending=True)[:min(5, len(left))].tolist():
+            without = torch.stack([state.head(s.clone().index_fill(0, torch.tensor([i]), 0.)[None])[0].double().softmax(-1)[c] for i in left])
+            assert without[left.index(j)] <= without.min() + 1e-6
+            s = s.index_fill(0, torch.tensor([j]), 0.); left.remove(j)

@@ -105,19 +105,58 @@ def test_paper_sees_that_a_default_has_changed(tmp_path, monkeypatch):
         found['parameters']['defaults'] = defaults; file.write_text(json.dumps(found))
         assert paper.state('demo') == state
 
-def test_paper_trains_the_model_that_an_experiment_reads(tmp_path, monkeypatch):
-    "Once; and what was typed for the data goes along."
-    paper, ran = tool('paper'), []
-    shutil.copytree(ROOT/'paper', tmp_path/'paper'); monkeypatch.setattr(paper, 'ROOT', tmp_path)
+@pytest.fixture
+def papers(tmp_path, monkeypatch):
+    "tools/paper.py on a copy of its results, for the readers of the demo's model; experiments only pretend to run. `weights`: of the model that the demo makes."
+    paper, ran, made = tool('paper'), [], {}
+    shutil.copytree(ROOT/'paper', tmp_path/'paper'); monkeypatch.setattr(paper, 'ROOT', tmp_path); monkeypatch.setattr(paper, 'draw', lambda: None)
+    monkeypatch.setattr(paper, 'RUNS', ['demo', 'faithfulness', 'comparison', 'long_context'])
+    monkeypatch.setattr(paper.os, 'chdir', lambda folder: None)
     def pretend(command, cwd, env):
         name = Path(command[2]).stem
-        if name == 'long_context': return SimpleNamespace(returncode=1)
-        (tmp_path/f'runs/{name}/model').mkdir(parents=True, exist_ok=True); shutil.copy(ROOT/f'paper/results/{name}.json', tmp_path/f'runs/{name}/results.json')
+        if name in made.get('failing', ()): return SimpleNamespace(returncode=1)
+        found = json.loads((ROOT/f'paper/results/{name}.json').read_text())
+        key = 'trained_weights' if name == 'demo' else 'weights'
+        found['parameters'][key] = made.get('weights', found['parameters'][key])
+        (tmp_path/f'runs/{name}/model').mkdir(parents=True, exist_ok=True); (tmp_path/f'runs/{name}/results.json').write_text(json.dumps(found))
         ran.append((name, *command[3:])); return SimpleNamespace(returncode=0)
     monkeypatch.setattr(paper.subprocess, 'run', pretend)
-    for _ in range(2): paper.run('faithfulness', dict(demo=['source=here'], faithfulness=['seed=1']))
-    assert ran == [('demo', 'source=here'), ('faithfulness', 'seed=1'), ('faithfulness', 'seed=1')]
-    with pytest.raises(SystemExit, match='long_context stopped'): paper.run('long_context', {})
+    return SimpleNamespace(paper=paper, ran=ran, made=made, names=lambda: [name for name, *_ in ran], results=tmp_path/'paper/results')
+
+def test_paper_trains_the_model_that_an_experiment_reads(papers):
+    "Once, and only where one that must run reads it; what was typed for the data goes along."
+    paper = papers.paper
+    paper.main('demo:source=here'); assert papers.ran == []                  # all are ready: no model is wanted
+    (papers.results/'comparison.json').unlink(); (papers.results/'long_context.json').unlink()
+    paper.main('--list'); assert papers.ran == []
+    paper.main('demo:source=here', 'comparison:seed=1')
+    assert papers.ran == [('demo', 'source=here'), ('comparison', 'seed=1'), ('long_context',)]
+    (papers.results/'comparison.json').unlink(); paper.main(); assert papers.names()[3:] == ['comparison']    # the model is there now
+    papers.made['failing'] = ['long_context']; (papers.results/'long_context.json').unlink()
+    with pytest.raises(SystemExit, match='long_context stopped'): paper.main()
+
+def test_paper_asks_readers_after_their_model_is_trained(papers):
+    "Another machine trains another model: who was ready with the old one is not ready with the new one."
+    papers.made['weights'] = 'new'; (papers.results/'long_context.json').unlink()
+    papers.paper.main()
+    assert papers.names() == ['demo', 'faithfulness', 'comparison', 'long_context'] and {papers.paper.state(name) for name in papers.paper.RUNS} == {'ready'}
+
+def test_paper_runs_models_before_their_readers():
+    paper = tool('paper')
+    assert all(paper.RUNS.index(model) < paper.RUNS.index(name) for name, model in paper.READS.items())
+
+def test_paper_sees_that_a_notebook_measures_more(tmp_path, monkeypatch):
+    paper = tool('paper')
+    measures = paper.measures_of(dict(notebook='faithfulness'))
+    assert 'completeness' in measures and paper.measures_of({}) == []       # a notebook that does not say is not asked
+    shutil.copytree(ROOT/'paper', tmp_path/'paper'); shutil.copytree(ROOT/'nbs/experiments', tmp_path/'experiments')
+    monkeypatch.setattr(paper, 'ROOT', tmp_path); monkeypatch.setattr(paper, 'NOTEBOOKS', tmp_path/'experiments')
+    assert paper.state('faithfulness') == 'ready'
+    notebook = tmp_path/'experiments/faithfulness.ipynb'; text = notebook.read_text(); assert text.count('"measures = [') == 1
+    notebook.write_text(text.replace('"measures = [', '"measures = [\'weight\', '))
+    assert paper.state('faithfulness') == 'stale (weight not measured)'
+    file = tmp_path/'paper/params/faithfulness.yaml'; file.write_text(file.read_text() + 'steps: 7\n')
+    assert paper.state('faithfulness') == 'stale (steps changed; weight not measured)'
 
 def test_paper_changes_one_experiment_or_reads_a_folder_of_data(tmp_path):
     paper = tool('paper')

@@ -5,8 +5,10 @@ paper.py          runs, then draws. EXPERIMENT:NAME=VALUE, such as sst2:source=d
 paper.py --list   says what it would run
 paper.py --draw   draws from the results that are there
 """
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT/'nbs/experiments'
 sys.path.insert(0, str(ROOT/'tools'))
 from run_experiment import KERNEL, split_changes                         # noqa: E402
 # in this order: later experiments read the models of earlier ones
@@ -42,8 +45,16 @@ def state(name: str) -> str:
     changed = [k for k, v in params.items() if k in known and known[k] != v and not (k.endswith('_samples') and v < 0)]     # below 0: all there are
     if 'defaults' in found['parameters']: changed += [k for k, v in training_defaults().items() if found['parameters']['defaults'].get(k, v) != v]     # a knob that came later is off by default, or whoever adds it removes the results that it makes stale
     changed += [k for k in ('arms', 'more_arms', 'evaluate_tiers') if any(not measured(found, name) for name in params.get(k, ()))]
-    if 'words' in found['metrics'] and 'seconds_together' not in found['metrics']['words']['dla']: changed.append('measured costs')
-    return f'stale ({", ".join(changed)} changed)' if changed else 'ready'
+    lacking = [m for m in measures_of(params) if m not in found['metrics']]
+    why = [f'{", ".join(names)} {what}' for names, what in ((changed, 'changed'), (lacking, 'not measured')) if names]
+    return f'stale ({"; ".join(why)})' if why else 'ready'
+
+def measures_of(params: dict) -> list:
+    "What an experiment's notebook says that it always measures (`measures = [...]`): entries of `metrics`, so that results of an earlier notebook can be told. Without such a line nothing is."
+    notebook = json.loads((NOTEBOOKS/f"{params.get('notebook', 'classification')}.ipynb").read_text())
+    lines = [line for cell in notebook['cells'] if cell['cell_type'] == 'code' for line in ''.join(cell['source']).splitlines()]
+    said = [m[1] for line in lines if (m := re.match(r'measures = (\[.*\])', line))]
+    return ast.literal_eval(said[0]) if said else []
 
 def known_of(found: dict) -> dict:
     "The parameters that a result was made with, as far as it says. Where the data were read from is not kept, only which and how many."
@@ -84,13 +95,16 @@ def from_folder(name: str, root: Path|None) -> list:
     return [f'{key}={value}' for key, value in found.items()]
 
 def run(name: str, asked: dict):
-    "One experiment, after the one whose model it reads; its results are committed under its name."
-    if name in READS and not has_model(READS[name]): run(READS[name], asked)
+    "One experiment, whose results are committed under its name; the model that it reads is there (`wanted_models`)."
     changes = from_folder(name, asked.get('data')) + asked.get(name, [])
     done = subprocess.run([sys.executable, str(ROOT/'tools/run_experiment.py'), f'paper/params/{name}.yaml', *changes], cwd=ROOT, env={k: v for k, v in os.environ.items() if k != 'SET'})
     if done.returncode:
         sys.exit(f"{name} stopped, for the reason above. Where its data lie in a folder, say so: make paper SET='{name}:source=FOLDER'.")
     shutil.copy(ROOT/'runs'/name/'results.json', ROOT/'paper/results'/f'{name}.json')
+
+def wanted_models() -> dict:
+    "Experiments whose model is not here although one that must run reads it -> which one. They are run in their turn, before any reader is asked whether it is stale: another model would make it so."
+    return {READS[name]: name for name in RUNS if name in READS and state(name) != 'ready' and not has_model(READS[name])}
 
 def draw():
     "Execute the figures' notebook; the executed copy is in runs."
@@ -104,8 +118,10 @@ def main(*args):
     if wrong := set(args) - {'--list', '--draw', *changes}: sys.exit(f"Unknown option {sorted(wrong)[0]}: use --list, --draw, EXPERIMENT:NAME=VALUE, data=FOLDER, or nothing.")
     asked = asked_of(changes)
     os.chdir(ROOT)
+    wanted = wanted_models()
     for name in RUNS:
         now = state(name)
+        if now == 'ready' and name in wanted: now = f'ready, but {wanted[name]} reads its model, which is not in runs'
         print(f'{name:16} {now}', flush=True)
         if not set(args) & {'--list', '--draw'} and now != 'ready': run(name, asked)
     if '--list' not in args: draw()

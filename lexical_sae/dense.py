@@ -8,11 +8,11 @@ __all__ = ['DenseClassifier', 'DenseTrainer', 'predict_dense']
 # %% ../nbs/02d_dense.ipynb #b75f1a8e
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import ModelOutput
 
 from .backbone import eager_attention
+from .model import by_length
 from .targets import classification_loss
 
 # %% ../nbs/02d_dense.ipynb #fe92d427
@@ -77,11 +77,8 @@ def predict_dense(
 ) -> Tensor:             # [n,C] logits in the order of the dataset
     "Logits of a tokenised dataset, sorted by length while computing."
     model.eval()
-    lengths = [len(row['input_ids']) for row in dataset]
-    device, order = model.head.weight.device, sorted(range(len(dataset)), key=lambda i: -lengths[i])
-    logits = torch.empty(len(dataset), model.head.out_features)
-    for i in tqdm(range(0, len(order), batch_size), desc='predictions', mininterval=5, disable=len(order) < 20*batch_size):
-        rows = order[i:i + batch_size]
+    device, logits = model.head.weight.device, torch.empty(len(dataset), model.head.out_features)
+    for rows in by_length([row['input_ids'] for row in dataset], batch_size, 'predictions'):
         batch = collator([{k: dataset[j][k] for k in ('input_ids', 'attention_mask')} for j in rows]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16): logits[rows] = model(**batch).logits.float().cpu()
     return logits

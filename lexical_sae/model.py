@@ -351,7 +351,7 @@ def evaluating(net: nn.Module):
     finally: net.train(was_training)
 
 def by_length(
-    texts: list[str],
+    texts: list[str]|list[list[int]],    # or their tokens
     batch_size: int = 32,
     desc: str|None = None,       # of the progress bar
     progress: bool|None = None,  # None: a bar for more than 20 batches

@@ -27,7 +27,7 @@ from .dense import DenseClassifier
 from .dla import TagCircuitState, circuit_mask
 from .entities import TagPredictions
 from .backbone import projection
-from .model import LexicalSAE, LexicalSAEForTokenClassification, check_labels, evaluating
+from .model import LexicalSAE, LexicalSAEForTokenClassification, by_length, check_labels, evaluating
 from .objectives import AttributionCentroidTracker, masked_language_loss, revival_loss
 from .pairs import gather_sum, pair_dots
 from .train import LexicalTrainer, LexicalTrainingArguments
@@ -342,10 +342,9 @@ def dense_tag_logits(
 ) -> Tensor:              # [n,L,C] in the order of the dataset; 0 beyond a sentence's end
     "What the dense twin says of every token: a teacher for `TaggingTrainer`."
     model.eval()
-    device, length = model.head.weight.device, [len(dataset[i]['input_ids']) for i in range(len(dataset))]
-    order, logits = sorted(range(len(dataset)), key=lambda i: -length[i]), torch.zeros(len(dataset), max(length), model.head.out_features)
-    for i in tqdm(range(0, len(order), batch_size), desc='teacher', disable=len(order) < 20*batch_size, mininterval=5):
-        rows = order[i:i + batch_size]
+    device, ids = model.head.weight.device, [dataset[i]['input_ids'] for i in range(len(dataset))]
+    logits = torch.zeros(len(dataset), max(map(len, ids)), model.head.out_features)
+    for rows in by_length(ids, batch_size, 'teacher'):
         batch = collator([{k: dataset[j][k] for k in ('input_ids', 'attention_mask', 'labels')} for j in rows])
         found = model(batch['input_ids'].to(device), batch['attention_mask'].to(device)).logits.float().cpu()
         logits[rows, :found.shape[1]] = found

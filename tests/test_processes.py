@@ -90,16 +90,14 @@ import os
 import sys
 import pandas as pd
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import AutoTokenizer
 from lexical_sae.data import offline_backbone
 from lexical_sae.arms import run_arm
 from lexical_sae.setup_training import TrainingConfig
+from lexical_sae.testing import tiny_checkpoint
 folder, rank = sys.argv[1], os.environ['RANK']
-torch.manual_seed(0)
-mine = f'{folder}/backbone{rank}'
-BertForMaskedLM(BertConfig(vocab_size=30522, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=32,
-                           initializer_range=.3)).save_pretrained(mine)
-AutoTokenizer.from_pretrained(offline_backbone()).save_pretrained(mine)
+mine = tiny_checkpoint(f'{folder}/backbone{rank}', AutoTokenizer.from_pretrained(offline_backbone()), num_hidden_layers=1, intermediate_size=16,
+                       max_position_embeddings=32, initializer_range=.3)
 pd.DataFrame([dict(text=f'a {w} film with plot and {w} number {i}', label='pos' if j < 3 else 'neg')
               for i in range(12) for j, w in enumerate(['good', 'fine', 'great', 'bad', 'poor', 'dull'])]).to_csv(f'{folder}/mine{rank}.csv', index=False)
 training = dict(max_steps=10, warmup_steps=2, logging_steps=5, bf16=False, ddp_backend='gloo', use_cpu=True)

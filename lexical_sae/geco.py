@@ -96,8 +96,12 @@ class GECOController(nn.Module):
 
 
 def price_of(
-    lambdas: list[float],  # the multiplier over a run
-) -> str:                  # "binds", "had a price on the way" or "is slack"
-    "Whether lambda stood a twentieth above its lowest value: throughout the last tenth of the run, before that, or never."
-    above = [x > 1.05*min(lambdas) for x in lambdas]
-    return 'binds' if all(above[-max(1, len(above)//10):]) else 'had a price on the way' if any(above) else 'is slack'
+    points: list[tuple[float, float, float]],  # lambda, cross-entropy and tau over a run, from when tau is fixed
+    near: float = .03,                         # how far from tau counts as on it, of tau
+) -> tuple[str, float]:  # "is violated", "binds", "had a price on the way" or "is slack"; cross-entropy over tau in the last tenth of the run
+    "Complementary slackness, read off a run: a constraint binds where cross-entropy has come to tau and lambda stands above its lowest value."
+    lambdas, tenth = [lam for lam, _, _ in points], points[-max(1, len(points)//10):]
+    ratio = sum(ce/tau for _, ce, tau in tenth)/len(tenth)
+    above = [lam > 1.05*min(lambdas) for lam in lambdas]
+    if ratio > 1 + near: return 'is violated', ratio
+    return ('binds' if all(above[-len(tenth):]) and ratio > 1 - near else 'had a price on the way' if any(above) else 'is slack'), ratio

@@ -189,14 +189,18 @@ def choice_from_log(
     satisfied = constrained_score(best.ce, tau, best.active, active_target, best.grounding) >= 0
     return Choice(best.step, satisfied, best.ce, tau, best.active, best.grounding, len(rows))
 
+def _constrained(history):
+    "What a trainer has logged since tau was fixed."
+    return [h for h in history if {'tau', 'lambda', 'ce'} <= h.keys()]
+
 def price_from_log(
     history: list,  # a trainer's `log_history`
 ) -> str|None:      # one sentence; None before there is a constraint
     "What the constraint cost, and how many words fell silent on the way."
-    seen = [h for h in history if 'tau' in h and 'lambda' in h]
+    seen = _constrained(history)
     if not seen: return None
     last, lambdas = seen[-1], [h['lambda'] for h in seen]
-    price = price_of(lambdas)
+    price, _ = price_of([(h['lambda'], h['ce'], h['tau']) for h in seen])
     cost = f"lambda stayed at {max(lambdas):.2f}: the constraint cost nothing (a higher target_accuracy or fewer words would give it a price)" if price == 'is slack' else \
         f"lambda rose to {max(lambdas):.2f} and ended at {last['lambda']:.2f}: the constraint {price}"
     return cost + (f"; {last['dead']:,} words that the first batch opened have fallen silent" if last.get('dead') else '')
@@ -221,7 +225,7 @@ class ConstrainedStopping(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self._warn_if_never_met(state.log_history)
+            self._warn_if_violated(state.log_history)
             if said := price_from_log(state.log_history): print(said, flush=True)
         if not any('eval_constrained' in h for h in state.log_history): return
         self.trainer.choice = choice_from_log(state.log_history, args.active_target)
@@ -229,13 +233,18 @@ class ConstrainedStopping(TrainerCallback):
         what = 'kept the model' if kept else 'not kept: the best model was that'
         if state.is_world_process_zero: print(self.trainer.choice.sentence(what), flush=True)
 
-    def _warn_if_never_met(self, history):
-        "A constraint that no step met is said, whether held-out texts are judged or not."
-        seen = [(h['ce'], h['tau']) for h in history if 'tau' in h and 'ce' in h]
-        if seen and all(ce > tau for ce, tau in seen):
-            ce, tau = min(seen, key=lambda pair: pair[0] - pair[1])
-            warnings.warn(f"The constraint was never satisfied in training: cross-entropy at best {ce:.3f}, tau {tau:.3f}. "
+    def _warn_if_violated(self, history):
+        "A constraint that no step met, or that the run's last tenth does not meet, is said, whether held-out texts are judged or not."
+        seen = _constrained(history)
+        if not seen: return
+        price, ratio = price_of([(h['lambda'], h['ce'], h['tau']) for h in seen])
+        if all(h['ce'] > h['tau'] for h in seen):
+            best = min(seen, key=lambda h: h['ce'] - h['tau'])
+            warnings.warn(f"The constraint was never satisfied in training: cross-entropy at best {best['ce']:.3f}, tau {best['tau']:.3f}. "
                           "Lower target_accuracy, raise active_target, or train longer.")
+        elif price == 'is violated':
+            warnings.warn(f"The constraint is not satisfied at the end of training: cross-entropy lies {ratio - 1:.0%} above tau {seen[-1]['tau']:.3f} over the last tenth, "
+                          f"and lambda is {seen[-1]['lambda']:.2f}. Raise dual_rate or active_target, lower target_accuracy, or train longer.")
 
 # %% ../nbs/02bb_watch.ipynb #aaa90840
 class ProgressLines(TrainerCallback):

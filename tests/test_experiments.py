@@ -42,3 +42,22 @@ def test_datasets_named_by_paths_stay_apart_in_the_output_folder(tmp_path, backb
     found = json.loads((out/'results.json').read_text())
     assert len(found['metrics']) == len(found['data']['sizes']) == 2 and str(tmp_path) not in (out/'results.json').read_text()
     assert all(m['identity_error'] <= 1e-5 and 'difference_to_dense' in m for m in found['metrics'].values())
+
+def run_cells(notebook, upto, **parameters):
+    "The code of a notebook up to the cell that has `upto`, in this process; its names."
+    names = {}
+    for cell in json.loads((ROOT/f'nbs/experiments/{notebook}.ipynb').read_text())['cells']:
+        if cell['cell_type'] != 'code': continue
+        exec(''.join(cell['source']), names)
+        if 'parameters' in cell['metadata'].get('tags', []): names |= parameters
+        if upto in ''.join(cell['source']): return names
+
+@pytest.mark.slow
+def test_a_parameter_file_can_ask_for_the_best_grounded_model(tmp_path):
+    "A validation share, how often it is looked at, and the patience reach the trainer; what was chosen is in the results."
+    file = write_csv(tmp_path/'mine/mine.csv', 0)
+    names = run_cells('classification', "metrics['choice'] =", experiment_name='toy', output_dir=str(tmp_path/'runs'), dataset_name='mine', source=file, max_length=24, batch_size=8, num_train_epochs=1,
+                      warmup_steps=1, dense=False, positive_class=None, validation_share=.25, evaluations=3, patience=4)
+    args, setup = names['trained'].trainer.args, names['setup']
+    assert len(setup.tokens['validation']) > 5 and args.load_best_model_at_end and args.patience == 4
+    assert names['metrics']['choice']['evaluations'] >= 2 and names['parameters'].items() >= dict(validation_share=.25, evaluations=3, patience=4).items()

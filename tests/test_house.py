@@ -228,6 +228,24 @@ def test_figures_are_drawn_from_the_committed_results():
     subprocess.run([sys.executable, ROOT/'tools/paper.py', '--draw'], check=True, cwd=ROOT)
     assert not subprocess.run(['git', 'status', '--porcelain', 'paper/figures'], check=True, cwd=ROOT, capture_output=True, text=True).stdout
 
+def test_the_table_of_targets_says_what_is_met_missed_and_not_run(tmp_path):
+    "Made of other results than the committed ones, so that it is read and not typed."
+    shutil.copytree(ROOT/'paper/results', tmp_path/'results'); (tmp_path/'bench').mkdir()
+    (tmp_path/'results/imdb.json').unlink()
+    file = tmp_path/'results/sst2.json'; found = json.loads(file.read_text())
+    found['metrics'] |= dict(difference_to_dense=dict(mean=-.02, low=-.03, high=-.015, level=.95, size=9), active_dims=39.); file.write_text(json.dumps(found))
+    step = dict(backbone='offline', dtype='float32', words=50, look_seconds=1., dense_seconds=1., lexical_seconds=1.5, ratio=1.5, ratio_first_epoch=1.75)
+    (tmp_path/'bench/step_offline_50.json').write_text(json.dumps(step))
+    names = dict(display=lambda x: None)
+    for cell in cells(ROOT/'paper/figures.ipynb'):
+        if cell['id'] in ('23d55ffa', '99e5562f', 'step0002', 'targets2'): exec(source(cell), names)
+        if cell['id'] == '23d55ffa': names |= dict(results=str(tmp_path/'results'), out=str(tmp_path/'figures'))
+    said = {(r, what): verdict for r, what, verdict in names['targets'][['run', 'what', 'verdict']].itertuples(index=False)}
+    assert said['sst2', 'accuracy minus dense, points'] == 'missed by 1' and said['sst2', 'active dims'] == 'met'
+    assert said['imdb', 'reference share'] == said['bench/step_bert-base', 'whole training step over dense, bert-base'] == 'not run'
+    assert [v for (r, what), v in said.items() if r == 'bench/step_offline_50' and what.startswith('whole')] == ['met', 'missed by 0.15']
+    assert (tmp_path/'figures/targets.md').read_text().count('not run') == sum(v == 'not run' for v in said.values())
+
 def test_readme_is_made_from_the_index(): assert (ROOT/'README.md').read_text() == tool('readme').render()
 
 def test_requirements_are_pinned():

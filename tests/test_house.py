@@ -10,11 +10,14 @@ import subprocess
 import sys
 import venv
 from configparser import ConfigParser
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+
+from lexical_sae.setup_training import DENSE, TrainingConfig, training_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted((ROOT/'nbs/experiments').glob('*.ipynb'))
@@ -96,7 +99,6 @@ def test_paper_misses_what_a_result_does_not_hold(tmp_path, monkeypatch, name, o
     assert changed in paper.state(name) and changed not in before
 
 def test_paper_sees_that_a_default_has_changed(tmp_path, monkeypatch):
-    from lexical_sae.setup_training import training_defaults
     paper = tool('paper')
     shutil.copytree(ROOT/'paper', tmp_path/'paper'); monkeypatch.setattr(paper, 'ROOT', tmp_path)
     file = tmp_path/'paper/results/demo.json'; found = json.loads(file.read_text())
@@ -104,6 +106,15 @@ def test_paper_sees_that_a_default_has_changed(tmp_path, monkeypatch):
     for defaults, state in ((training_defaults(), 'ready'), (training_defaults() | dict(evidence_share=.1), 'stale (evidence_share changed)')):
         found['parameters']['defaults'] = defaults; file.write_text(json.dumps(found))
         assert paper.state('demo') == state
+
+def test_paper_takes_a_knob_that_came_later_as_it_was(tmp_path, monkeypatch):
+    "A result that does not note a parameter was made with its default."
+    paper = tool('paper')
+    shutil.copytree(ROOT/'paper', tmp_path/'paper'); monkeypatch.setattr(paper, 'ROOT', tmp_path)
+    file = tmp_path/'paper/params/demo.yaml'; text = file.read_text()
+    assert 'validation_share' not in json.loads((ROOT/'paper/results/demo.json').read_text())['parameters']
+    for said, state in (('validation_share: 0.0\nevaluations: 10\npatience: 0\n', 'ready'), ('validation_share: 0.1\npatience: 3\n', 'stale (validation_share, patience changed)')):
+        file.write_text(text + said); assert paper.state('demo') == state
 
 @pytest.fixture
 def papers(tmp_path, monkeypatch):
@@ -169,14 +180,41 @@ def test_paper_changes_one_experiment_or_reads_a_folder_of_data(tmp_path):
     own, away = paper.from_folder('sst2_20k', tmp_path)
     assert own == f'source={tmp_path}/sst2' and json.loads(away.partition('=')[2]) == dict(yelp=f'{tmp_path}/yelp', imdb='hub')
 
+def defaults_of(name):
+    "What an experiment's notebook does where its parameter file says nothing."
+    exec(source(next(c for c in cells(ROOT/f'nbs/experiments/{name}.ipynb') if 'parameters' in c['metadata'].get('tags', []))), found := {})
+    return {k: v for k, v in found.items() if not k.startswith('__')}
+
 def test_several_datasets_are_run_as_each_is_alone():
-    "K, length and epochs of `multi_dataset` are those of the datasets' own parameter files."
-    one, ns = {f.stem: yaml.safe_load(f.read_text()) for f in PARAMS}, {}
-    exec(next(''.join(c['source']) for c in cells(ROOT/'nbs/experiments/multi_dataset.ipynb') if 'active_targets =' in ''.join(c['source'])), ns)
-    exec(next(''.join(c['source']) for c in cells(ROOT/'nbs/experiments/classification.ipynb') if 'active_target =' in ''.join(c['source'])), default := {})
+    "K, length and epochs of `multi_dataset` are those of the datasets' own parameter files, and so is the recipe."
+    one, ns, default = {f.stem: yaml.safe_load(f.read_text()) for f in PARAMS}, defaults_of('multi_dataset'), defaults_of('classification')
+    together = ns | one['multi_dataset']
     for name in ns['active_targets']:
         alone = default | one[name]
         assert (ns['active_targets'][name], ns['max_lengths'][name], ns['epochs'][name]) == (alone['active_target'], alone['max_length'], alone['num_train_epochs'])
+        assert recipe(together | together['training'] | dict(active_target=ns['active_targets'][name], num_train_epochs=ns['epochs'][name])) == recipe(alone)
+
+def recipe(given):
+    "How a model is trained: what is given, and the library's defaults for the rest."
+    config = {f.name: f.default for f in fields(TrainingConfig) if f.name in ('learning_rate', 'head_start', 'validation_share', 'validation_samples', 'evaluations')}
+    library = training_defaults() | config | {f'dense_{k}': v for k, v in DENSE.items()}
+    return library | {k: v for k, v in given.items() if k in library}
+
+@pytest.mark.parametrize('notebook, own', [('classification', []), ('multi_dataset', []), ('backbones', []), ('ablation', ['active_target'])])
+def test_an_experiment_has_the_recipe_of_the_library(notebook, own):
+    "One name, one recipe: other values stand in parameter files. Tagging and surgery have recipes of their own."
+    asked = defaults_of(notebook)
+    shared, differing = asked.keys() & recipe({}).keys(), [k for k, v in recipe(asked).items() if recipe({})[k] != v]
+    assert len(shared) >= 3 and differing == own
+
+def test_what_a_result_was_trained_with_stands_in_its_parameter_file():
+    "Where the notebook's default has become another since."
+    for name in (f.stem for f in PARAMS):
+        params, path = yaml.safe_load((ROOT/f'paper/params/{name}.yaml').read_text()), ROOT/f'paper/results/{name}.json'
+        notebook = params.get('notebook', 'classification')
+        if not path.exists() or notebook not in ('classification', 'backbones'): continue
+        now, then = recipe(defaults_of(notebook) | params), json.loads(path.read_text())['parameters']
+        assert {k for k in now if k in then and now[k] != then[k]} == set(), name
 
 def test_changes_keep_their_blanks_braces_and_numbers():
     run = tool('run_experiment')
@@ -189,6 +227,24 @@ def test_changes_keep_their_blanks_braces_and_numbers():
 def test_figures_are_drawn_from_the_committed_results():
     subprocess.run([sys.executable, ROOT/'tools/paper.py', '--draw'], check=True, cwd=ROOT)
     assert not subprocess.run(['git', 'status', '--porcelain', 'paper/figures'], check=True, cwd=ROOT, capture_output=True, text=True).stdout
+
+def test_the_table_of_targets_says_what_is_met_missed_and_not_run(tmp_path):
+    "Made of other results than the committed ones, so that it is read and not typed."
+    shutil.copytree(ROOT/'paper/results', tmp_path/'results'); (tmp_path/'bench').mkdir()
+    (tmp_path/'results/imdb.json').unlink()
+    file = tmp_path/'results/sst2.json'; found = json.loads(file.read_text())
+    found['metrics'] |= dict(difference_to_dense=dict(mean=-.02, low=-.03, high=-.015, level=.95, size=9), active_dims=39.); file.write_text(json.dumps(found))
+    step = dict(backbone='offline', dtype='float32', words=50, look_seconds=1., dense_seconds=1., lexical_seconds=1.5, ratio=1.5, ratio_first_epoch=1.75)
+    (tmp_path/'bench/step_offline_50.json').write_text(json.dumps(step))
+    names = dict(display=lambda x: None)
+    for cell in cells(ROOT/'paper/figures.ipynb'):
+        if cell['id'] in ('23d55ffa', '99e5562f', 'step0002', 'targets2'): exec(source(cell), names)
+        if cell['id'] == '23d55ffa': names |= dict(results=str(tmp_path/'results'), out=str(tmp_path/'figures'))
+    said = {(r, what): verdict for r, what, verdict in names['targets'][['run', 'what', 'verdict']].itertuples(index=False)}
+    assert said['sst2', 'accuracy minus dense, points'] == 'missed by 1' and said['sst2', 'active dims'] == 'met'
+    assert said['imdb', 'reference share'] == said['bench/step_bert-base', 'whole training step over dense, bert-base'] == 'not run'
+    assert [v for (r, what), v in said.items() if r == 'bench/step_offline_50' and what.startswith('whole')] == ['met', 'missed by 0.15']
+    assert (tmp_path/'figures/targets.md').read_text().count('not run') == sum(v == 'not run' for v in said.values())
 
 def test_readme_is_made_from_the_index(): assert (ROOT/'README.md').read_text() == tool('readme').render()
 

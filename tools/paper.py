@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import yaml
@@ -41,7 +42,7 @@ def state(name: str) -> str:
         reads = ROOT/'paper/results'/f'{READS[name]}.json'
         if not reads.exists() or found['parameters'].get('weights') != read_results(reads)['parameters'].get('trained_weights'):
             return f'stale (another model of {READS[name]})'
-    known = known_of(found)
+    known = ({} if 'notebook' in params else library_defaults()) | known_of(found)
     changed = [k for k, v in params.items() if k in known and known[k] != v and not (k.endswith('_samples') and v < 0)]     # below 0: all there are
     if 'defaults' in found['parameters']: changed += [k for k, v in training_defaults().items() if found['parameters']['defaults'].get(k, v) != v]     # a knob that came later is off by default, or whoever adds it removes the results that it makes stale
     changed += [k for k in ('arms', 'more_arms', 'evaluate_tiers') if any(not measured(found, name) for name in params.get(k, ()))]
@@ -55,6 +56,12 @@ def measures_of(params: dict) -> list:
     lines = [line for cell in notebook['cells'] if cell['cell_type'] == 'code' for line in ''.join(cell['source']).splitlines()]
     said = [m[1] for line in lines if (m := re.match(r'measures = (\[.*\])', line))]
     return ast.literal_eval(said[0]) if said else []
+
+def library_defaults() -> dict:
+    "What a classification run was trained with where its result does not say: a parameter that came later had its default."
+    from lexical_sae.setup_training import TrainingConfig
+    from lexical_sae.train import LexicalTrainingArguments
+    return {f.name: f.default for kind in (LexicalTrainingArguments, TrainingConfig) for f in fields(kind) if f.default is not MISSING and f.name not in ('source', 'output_dir')}
 
 def known_of(found: dict) -> dict:
     "The parameters that a result was made with, as far as it says. Where the data were read from is not kept, only which and how many."

@@ -175,7 +175,7 @@ def common_arguments(setup: Setup) -> dict:
 
 def arguments_for(setup: Setup) -> LexicalTrainingArguments:
     "The arguments of the run that the config describes."
-    config, kept = setup.config, {}
+    config, kept = setup.config, dict(save_strategy='epoch', save_total_limit=1)     # to go on from, if it is killed
     if 'validation' in setup.tokens and config.evaluations:
         share = min(1/config.evaluations, .999)                          # of all steps; 1 would mean every step
         often = dict(eval_steps=share, save_steps=share)
@@ -266,7 +266,8 @@ def fit_dense(setup: Setup) -> tuple[DenseClassifier, float]:  # where the setup
 def _checkpoint_to_resume(setup, folder, first) -> str|None:
     "The last checkpoint of a run that was killed; ValueError if it is another config's. The `first` process notes whose they are."
     left_out = ('output_dir', 'source', 'test_samples', 'twin')
-    key = plain({k: v for k, v in asdict(setup.config).items() if k not in left_out} | dict(data=fingerprint(setup.data['train'])))
+    key = plain({k: v for k, v in asdict(setup.config).items() if k not in left_out} | dict(data=fingerprint(setup.data['train']))
+                | {f'default {k}': v for k, v in training_defaults().items()})
     folder, note = Path(folder), Path(folder)/'config.json'
     found = get_last_checkpoint(folder) if folder.is_dir() else None
     if found and note.exists() and (changed := sorted(k for k, v in json.loads(note.read_text()).items() if key.get(k) != v)):

@@ -15,10 +15,10 @@ ENV = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', CUDA_VISIBLE_
 def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
-def start(folder, *options, processes=1):
-    launch = [sys.executable, RUN] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(processes),
+def start(folder, *options, processes=1, script=RUN):
+    launch = [sys.executable, script] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(processes),
         '--master-addr', '127.0.0.1',
-                                                           '--master-port', str(free_port()), RUN]
+                                                           '--master-port', str(free_port()), script]
     return subprocess.run([*map(str, launch), str(folder), *options], capture_output=True, text=True, env=ENV, timeout=240)
 
 def ended(folder, rank=0): return json.loads((Path(folder)/f'ends{rank}.json').read_text())

@@ -105,8 +105,9 @@ def test_what_was_trained_in_bfloat16_answers_in_its_own_precision(csv, tmp_path
     word = int(trained.model(**batch).state.sparse_vector[0].argmax())
     assert SuppressedModel(trained.model, word)(**batch).state.sparse_vector[0, word] == 0       # a view of it reads through its own gate
 
-def test_a_rate_from_a_range_test_is_used_and_leaves_the_model_as_it_was(csv, tmp_path, monkeypatch):
+def test_a_rate_from_a_range_test_is_used_and_leaves_the_model_as_it_was(tmp_path, monkeypatch):
     "It is tested on what is trained then: a head that has been started, with the classes' weights."
+    (tmp_path/'films.csv').write_text('text,label\n' + ''.join(f"a {'dull' if i % 3 else 'good'} film {i},{'neg' if i % 3 else 'pos'}\n" for i in range(60)))
     seen, test = [], setup_training.learning_rate_range_test
     def watched(model, batches, **kwargs):
         before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -116,7 +117,7 @@ def test_a_rate_from_a_range_test_is_used_and_leaves_the_model_as_it_was(csv, tm
         return found
     monkeypatch.setattr(setup_training, 'learning_rate_range_test', watched)
     asked = dict(max_steps=4, warmup_steps=0, logging_steps=1, lr_scheduler_type='constant', class_weights='balanced', label_smoothing=.2, use_cpu=True)
-    trained = setup_and_train(config(csv, output_dir=str(tmp_path/'run'), model_name=tiny_checkpoint(tmp_path/'backbone'), learning_rate=None, distil=False, training=asked,
+    trained = setup_and_train(config(str(tmp_path/'films.csv'), output_dir=str(tmp_path/'run'), model_name=tiny_checkpoint(tmp_path/'backbone'), learning_rate=None, distil=False, training=asked,
                                      model=dict(initial_words=40, classifier_hidden=8, check=False)))
     ((found, weights, smoothing, first, given, before),) = seen
     trainer = trained.trainer

@@ -1,15 +1,28 @@
 "Killed at any moment, a run goes on from its last whole checkpoint, on the path of the uninterrupted one."
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from transformers import modeling_utils
+from transformers.trainer_callback import PrinterCallback
+
+from lexical_sae import checkpoints
+from lexical_sae.train import GatesClosed, LexicalTrainer, LexicalTrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_processes import ENV, ROOT, RUN, ended, start
+from training_run import collate, model, texts
+
+pytestmark = pytest.mark.filterwarnings('ignore:No tokenizer')
 
 OPTIONS = ('dropout=0.1', 'save_strategy="steps"', 'save_steps=7', 'logging_steps=1')
 
@@ -47,6 +60,50 @@ def test_a_killed_run_goes_on(tmp_path, optim, sampling):
         assert not run.returncode, run.stderr[-3000:]
         same_path(ended(tmp_path/'whole'), ended(folder))
         assert not (folder/'.unfinished').exists()
+
+def toy(folder, **given):
+    "A trainer in this process that writes a checkpoint every second step."
+    settings = dict(max_steps=8, per_device_train_batch_size=16, learning_rate=5e-3, report_to='none', save_strategy='steps', save_steps=2, use_cpu=True, disable_tqdm=True, active_target=4.)
+    trainer = LexicalTrainer(model(0.), LexicalTrainingArguments(str(folder), **settings | given), train_dataset=texts(), data_collator=collate)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+def closed(folder, **given):
+    "A run whose thresholds nothing reaches."
+    trainer = toy(folder, save_steps=1, level_rate=0., **given)
+    trainer.model.activation.log_theta.data.fill_(20.)
+    return trainer
+
+def test_closed_steps_are_counted_over_a_resume(tmp_path):
+    closed(tmp_path, max_steps=6).train()
+    with pytest.raises(GatesClosed, match='at step 10'): closed(tmp_path, max_steps=20).train(resume_from_checkpoint=str(tmp_path/'checkpoint-6'))
+
+def test_what_was_said_once_is_not_said_again_after_a_resume(tmp_path):
+    pinned = dict(target_accuracy=.999, dual_rate=50., warmup_fraction=.2)
+    with pytest.warns(UserWarning, match='lambda is pinned'): toy(tmp_path, **pinned).train()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        again = toy(tmp_path, **pinned); again.train(resume_from_checkpoint=str(tmp_path/'checkpoint-6'))
+    assert again.geco.log_lambda == again.geco.bounds[1] and not [w for w in said if 'pinned' in str(w.message)]
+
+def no_space(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def no_tensors(*args, **kwargs): raise SafetensorError('I/O error: No space left on device (os error 28)')
+def half_a_file(state, path, *args, **kwargs):
+    "As torch.save ends on a full disk: some bytes, and an error of its own."
+    Path(path).write_bytes(b'half'); raise RuntimeError(f'PytorchStreamWriter failed writing file {path}: file write failed')
+
+@pytest.mark.parametrize('owner, name, fails', [(modeling_utils, 'safe_save_file', no_tensors), (modeling_utils, 'safe_save_file', no_space), (torch, 'save', no_space), (torch, 'save', half_a_file),
+                                                (checkpoints, 'save_file', no_tensors)], ids=['weights', 'weights, by the system', 'optimiser', 'half of the optimiser', 'method'])
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, monkeypatch, owner, name, fails):
+    "Wherever in a checkpoint the room runs out; with room again the run goes on from there."
+    whole = toy(tmp_path/'whole'); whole.train()
+    trainer, write = toy(tmp_path/'full', save_total_limit=1), getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: (fails if trainer.state.global_step == 6 else write)(*args, **kwargs))
+    with pytest.raises(OSError, match='checkpoint of step 6 could not be written .*free some space, then resume; earlier checkpoints are intact'): trainer.train()
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path/'full').iterdir()] == ['checkpoint-4']
+    again = toy(tmp_path/'full'); again.train(resume_from_checkpoint=str(tmp_path/'full/checkpoint-4'))
+    for a, b in zip(whole.model.parameters(), again.model.parameters()): assert torch.allclose(a, b, atol=1e-6)
 
 SET_UP = ROOT/'tests/setup_run.py'
 

@@ -353,7 +353,8 @@ def _separation(self: LexicalTrainer, state, labels):
 @patch(as_prop=True)
 def _weighs_apart(self: LexicalTrainer):
     "Whether a step's weighted mean is taken in parts, whose weights differ: of several processes, or of several batches."
-    return not self.multilabel and self._net.class_weights is not None and self.accelerator.num_processes*self.args.gradient_accumulation_steps > 1
+    weights = getattr(self._net, 'class_weights', None)               # a tagger has none
+    return not self.multilabel and weights is not None and self.accelerator.num_processes*self.args.gradient_accumulation_steps > 1
 
 @patch
 def _weight_of(self: LexicalTrainer, labels):

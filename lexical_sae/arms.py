@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from sklearn.isotonic import isotonic_regression
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor
 
-from .data import class_names_of, data_record, has_several_labels, load_task, tokenize_texts
+from .data import _is_path, class_names_of, data_record, fingerprint, has_several_labels, load_task, tokenize_texts
 from .dense import DenseClassifier, predict_dense
 from .grounding import lexicon_class, measure_grounding
 from .results import atomic_write, paired_bootstrap, plain, read_results, write_results
-from .setup_training import Setup, Trained, TrainingConfig, fit_dense, set_up, setup_and_train, training_defaults
+from .setup_training import Setup, Trained, TrainingConfig, data_of, fit_dense, set_up, setup_and_train, training_defaults
 from .targets import right_answers
 
 # %% ../nbs/02cb_arms.ipynb #13a922d9
@@ -67,25 +67,31 @@ def _answers(logits, labels, multilabel) -> list:
     right = right_answers(logits, torch.tensor(labels), multilabel)
     return right.tolist() if multilabel else right.int().tolist()
 
+_ELSEWHERE = 2000   # test texts of another task
+
 def measure_elsewhere(
     predict,                # (tokenised texts) -> [n,C] logits
     setup: Setup,
-    sources: dict[str, str],    # task -> where it is found, as in `load_task`; its classes in the order of the trained task's
-    samples: int = 2000,    # of each
+    sources: dict[str, str|Dataset],    # task -> where it is found, as in `load_task`, or its test texts; its classes in the order of the trained task's
+    samples: int = _ELSEWHERE,   # of each
     max_length: int = 128,  # tokens
 ) -> dict[str, list]:       # task -> for each of its test texts whether the answer was right; ValueError for another number of classes
     "Right answers on test texts of other tasks, without having seen any of theirs."
     found = {}
     for name, source in sources.items():
-        data = load_task(name, source, test_samples=samples)
-        classes = class_names_of(data['test'])
+        test = source if isinstance(source, Dataset) else load_task(name, source, test_samples=samples)['test']
+        classes = class_names_of(test)
         if len(classes) != len(setup.names): raise ValueError(f"{name} has {len(classes)} classes, the model {len(setup.names)}: choose a task with the same classes.")
         if [c for i, c in enumerate(classes) if any(_alike(c, own) for own in setup.names) and not _alike(c, setup.names[i])]:
             raise ValueError(f"{name} has the classes {', '.join(classes)}, the model {', '.join(setup.names)}: bring them into the same order.")
-        if has_several_labels(data['test']) != setup.multilabel: raise ValueError(f"{name} and the model differ in whether classes overlap: choose a task with the same classes.")
-        tokens = tokenize_texts(DatasetDict(test=data['test']), setup.model.tokenizer, max_length)['test']
+        if has_several_labels(test) != setup.multilabel: raise ValueError(f"{name} and the model differ in whether classes overlap: choose a task with the same classes.")
+        tokens = tokenize_texts(DatasetDict(test=test), setup.model.tokenizer, max_length)['test']
         found[name] = _answers(predict(tokens), tokens['labels'][:], setup.multilabel)
     return found
+
+def _test_record(name, test) -> dict:
+    "As `data_record`, of the test texts of a task whose training texts nobody reads."
+    return dict(name=name, sizes=dict(test=len(test)), fingerprint=fingerprint(DatasetDict(test=test)), notes=test.info.description)
 
 def _alike(a, b):
     "neg and Negative."
@@ -104,6 +110,19 @@ def train_dense(setup: Setup) -> tuple[dict, list, DenseClassifier]:  # metrics;
     return metrics | dict(step_seconds=seconds), right, twin
 
 # %% ../nbs/02cb_arms.ipynb #88bdad2b
+_read = {}   # files as they stand -> fingerprint: a batch of arms reads them once
+
+def _fingerprint_now(config) -> str|None:
+    "Of the data in the files that a config names; None where it names none, and what is fetched by its name is taken to be the same."
+    if config.source == 'pypi' or config.source == 'hub' and not _is_path(config.dataset_name): return None
+    place = Path(config.dataset_name if config.source == 'hub' else config.source)
+    if not place.exists(): return None                                   # the results outlive them
+    files = [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in [place, *sorted(place.rglob('*'))] if f.is_file()]
+    asked = [getattr(config, k) for k in ('dataset_name', 'columns', 'train_samples', 'test_samples', 'seed', 'validation_share')]
+    key = json.dumps([files, asked])
+    if key not in _read: _read[key] = fingerprint(data_of(config))
+    return _read[key]
+
 def run_arm(
     config: TrainingConfig,            # its output_dir is the arm's folder
     name: str,                         # of the arm
@@ -112,7 +131,7 @@ def run_arm(
     positive_class: str|None = None,
     keep_model: bool = False,          # weights are large; the results do not need them
     elsewhere: dict[str, str]|None = None,  # other tasks on which the arm is tested too: see `measure_elsewhere`
-) -> dict:                             # the results; ValueError if the folder holds an arm with another config
+) -> dict:                             # the results, which name the texts of every task; ValueError if the folder holds an arm with another config, or of other data than the files hold now
     "Train, measure and write one arm, unless its results are there already."
     out, parameters = Path(config.output_dir), {k: v for k, v in asdict(config).items() if k not in ('output_dir', 'source', 'twin')} | {'dense_alone': dense, 'defaults': training_defaults()}
     if (out/'results.json').exists():
@@ -123,6 +142,8 @@ def run_arm(
         if changed: raise ValueError(f"{out.name} was run with another {changed[0]}: choose another output_dir, or remove its folder.")
         untested = [task for task in elsewhere or {} if not (out/f'right_{task}.json').exists()]
         if untested: raise ValueError(f"{out.name} was not tested on {untested[0]}: remove its folder, and it is run again with it.")
+        if _fingerprint_now(config) not in (None, found['data']['fingerprint']):
+            raise ValueError(f"{out.name} was run on other data than its files hold now: choose another output_dir, or remove its folder.")
         return found
     if dense:
         setup, curves = set_up(config), {}
@@ -133,12 +154,14 @@ def run_arm(
         metrics, right = measure_trained(trained, positive_class)
         judged = _LogitsOnly(trained.model)
         if not keep_model: shutil.rmtree(trained.folder, ignore_errors=True)   # another process may have been first
-    for task, answers in measure_elsewhere(lambda tokens: predict_dense(judged, tokens, setup.collator), setup, elsewhere or {}).items():
+    others = {task: load_task(task, source, test_samples=_ELSEWHERE)['test'] for task, source in (elsewhere or {}).items()}
+    for task, answers in measure_elsewhere(lambda tokens: predict_dense(judged, tokens, setup.collator), setup, others).items():
         metrics.setdefault('elsewhere', {})[task] = float(np.mean(answers))
         atomic_write(out/f'right_{task}.json', json.dumps(answers))
     atomic_write(out/'right.json', json.dumps(right))
-    return write_results(out, experiment=name, command=command, data=data_record(config.dataset_name, setup.data),
-                         backbone=config.model_name, seed=config.seed, parameters=parameters, metrics=metrics,
+    data = data_record(config.dataset_name, setup.data)
+    if others: data['elsewhere'] = {task: _test_record(task, test) for task, test in others.items()}
+    return write_results(out, experiment=name, command=command, data=data, backbone=config.model_name, seed=config.seed, parameters=parameters, metrics=metrics,
                          curves=curves)
 
 # %% ../nbs/02cb_arms.ipynb #aa3aaf44

@@ -29,6 +29,7 @@ class CheckpointingTrainer(Trainer):
     active_ema = None             # moving average of the open words of a text
     _staging = _order = None      # where a checkpoint is being written; the order of the texts
     _written = 'none was saved'   # the last whole checkpoint
+    _numbers = ('active_ema',)    # attributes that a checkpoint holds beside the method: numbers, or None
 
     def _method(self) -> nn.Module:
         "What a resumed run needs beside model, optimiser and random state."
@@ -83,11 +84,11 @@ class CheckpointingTrainer(Trainer):
         rotate_checkpoints(str(final), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _save_method(self, folder):
-        "Constraint, trackers, the moving average of k, and what the epoch's order was drawn from."
+        "Constraint, trackers, the moving average of k and other numbers, and what the epoch's order was drawn from."
         state = {k: v.contiguous() for k, v in self._method().state_dict().items()}
         if self._order is not None: state['order'] = self._order.drawn_from
-        save_file(state | {'active_ema': torch.tensor(float('nan') if self.active_ema is None else self.active_ema, dtype=torch.float64)},
-                  folder/'method.safetensors')
+        numbers = {name: getattr(self, name) for name in self._numbers}
+        save_file(state | {name: torch.tensor(float('nan') if x is None else x, dtype=torch.float64) for name, x in numbers.items()}, folder/'method.safetensors')
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -96,8 +97,10 @@ class CheckpointingTrainer(Trainer):
         if not path.exists():
             raise FileNotFoundError(f"{checkpoint} was not written by this trainer (it has no method.safetensors): choose another checkpoint.")
         state = load_file(path)
-        active, order = state.pop('active_ema').item(), state.pop('order', None)
+        order = state.pop('order', None)
         if self._order is not None and self.state.epoch % 1 and not self.args.ignore_data_skip: self._order.resumed = order   # in mid-epoch
-        self.active_ema = None if math.isnan(active) else active
+        for name in state.keys() & set(self._numbers):                   # an earlier version did not note all of them
+            x = state.pop(name).item()
+            setattr(self, name, None if math.isnan(x) else x)
         self._method().load_state_dict(state)
         self._written = str(checkpoint)

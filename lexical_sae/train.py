@@ -105,12 +105,15 @@ class LexicalTrainingArguments(TrainingArguments):
 _LOOK_EVERY, _LOOK_BATCHES = 10, 3   # steps between two looks at held-out texts; batches that take turns
 _CLOSED_STEPS = 10                   # in a row without an open word: nothing brings them back
 _LOOK_TOGETHER = 16                  # of a batch's texts, sorted by length: little padding is read
+_START_TEXTS = 256                   # on which the untrained model's words are counted: with far more, words would be among them that a moving average over a hundred steps misses by chance
 
 class GatesClosed(RuntimeError):
     "No word was open for some steps: nothing can be learned any more."
 
 class LexicalTrainer(CheckpointingTrainer):
     "Trains a `LexicalSAEForSequenceClassification` under GECO, grounded by the frozen reference."
+    _numbers = (*CheckpointingTrainer._numbers, 'closed_steps', 'pinned')
+
     def __init__(self,
         model: LexicalSAEForSequenceClassification,
         args: LexicalTrainingArguments,
@@ -150,6 +153,14 @@ class LexicalTrainer(CheckpointingTrainer):
         self._watched = torch.randperm(n, generator=torch.Generator().manual_seed(args.seed)).tolist()          # files may be sorted by class
         self.add_callback(_DualStep(self)); self.add_callback(ConstrainedStopping(self, args.patience))
 
+    @property
+    def pinned(self) -> bool:
+        "Whether it was said that lambda is pinned; once is enough."
+        return self.geco.warned
+
+    @pinned.setter
+    def pinned(self, said): self.geco.warned = bool(said)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         example_id = inputs.pop('example_id', None)
         inputs.pop('length', None)
@@ -177,6 +188,12 @@ class LexicalTrainer(CheckpointingTrainer):
             if self.geco.started: logs['tau'] = self.geco.relaxed_tau(self.active_ema)
             self.terms = {}
         super().log(logs, *args, **kwargs)
+
+    def get_batch_samples(self, *args, **kwargs):
+        "The Trainer's; where classes have weights, what a batch of the step weighs is noted."
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if self._weighs_apart: self.batch_weight = self._mean(sum(self._weight_of(b['labels']) for b in batches)/max(1, len(batches)))
+        return batches, items
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         "The Trainer's; without labels it calls the model itself, which knows no row numbers."
@@ -247,7 +264,7 @@ def warming_up(self: LexicalTrainer) -> bool: return self.state.global_step < se
 def loss_terms(self: LexicalTrainer, outputs, inputs, example_id=None) -> dict:
     "Every term that is on at this step; scalars."
     state, args = outputs.state, self.args
-    terms = {'ce': outputs.loss}
+    terms = {'ce': self._of_all(outputs.loss, inputs['labels'])}
     if self.teacher is not None: terms['distillation'] = self._distil(state.logits, self.teacher[example_id])
     asked = self.state.global_step >= args.grounding_from*self.state.max_steps
     evidence = asked and args.evidence_weight and not self.multilabel
@@ -333,6 +350,21 @@ def _separation(self: LexicalTrainer, state, labels):
     self._note('centroids', *self.centroids.sums(part, labels))
     return loss
 
+@patch(as_prop=True)
+def _weighs_apart(self: LexicalTrainer):
+    "Whether a step's weighted mean is taken in parts, whose weights differ: of several processes, or of several batches."
+    weights = getattr(self._net, 'class_weights', None)               # a tagger has none
+    return not self.multilabel and weights is not None and self.accelerator.num_processes*self.args.gradient_accumulation_steps > 1
+
+@patch
+def _weight_of(self: LexicalTrainer, labels):
+    return self._net.class_weights.to(labels.device)[labels.clamp(min=0)][labels >= 0].sum()
+
+@patch
+def _of_all(self: LexicalTrainer, ce: Tensor, labels: Tensor) -> Tensor:
+    "A batch's weighted cross-entropy -> its part in that of the whole step, as a mean over batches and processes."
+    return ce*self._weight_of(labels)/self.batch_weight if self._weighs_apart else ce
+
 @patch
 def _band(self: LexicalTrainer):
     if self._net.query is not None: return 0.                        # attention: a mean over positions, which no threshold is compared with
@@ -356,9 +388,7 @@ def _move_trackers(self: LexicalTrainer):
     noted, self.noted = self.noted, {}
     if 'violations' in noted: self.margin.update(self._mean(noted['violations'][1]/noted['violations'][0]))
     if 'centroids' in noted: self.centroids.update(*map(self._sum, noted['centroids'][1:]))
-    if 'opened' not in noted: return
-    move = self.frequencies.observe_start if self.state.global_step == 1 else self.frequencies.update      # what the untrained model opens in the first batch
-    move(*map(self._sum, noted['opened'][1:]))
+    if 'opened' in noted: self.frequencies.update(*map(self._sum, noted['opened'][1:]))
 
 @patch
 def _sum(self: LexicalTrainer, tensor): return self.accelerator.reduce(tensor, 'sum')
@@ -423,14 +453,19 @@ def _held_out_active(self: LexicalTrainer, turn, exact=False):
     "Open words of one batch of the held-out texts, in evaluation mode; the first few batches take turns. `exact`: in the weights' own precision, as a saved model is read."
     size, n = self.args.per_device_eval_batch_size, len(self.eval_dataset)
     at = turn % max(1, min(_LOOK_BATCHES, n//size))*size
-    texts = sorted((self.eval_dataset[self._watched[i]] for i in range(at, min(at + size, n))), key=lambda text: len(text['input_ids']))
-    net, opened = self._net, []
+    opened = [state.num_active for state in self._states([self.eval_dataset[self._watched[i]] for i in range(at, min(at + size, n))], exact)]
+    return self._mean(torch.cat(opened).float().mean())                 # one number for all processes, or their thresholds would part
+
+@patch
+@torch.no_grad()
+def _states(self: LexicalTrainer, texts: list, exact=False):
+    "What the model makes of texts, in evaluation mode, a few of like length at a time."
+    net, texts = self._net, sorted(texts, key=lambda text: len(text['input_ids']))
     read = partial(type(net).forward, net) if exact else net            # accelerate wraps the forward of the instance
     with evaluating(net), nullcontext() if exact else self.compute_loss_context_manager():
         for i in range(0, len(texts), _LOOK_TOGETHER):
             batch = self._prepare_inputs(self.data_collator(texts[i:i + _LOOK_TOGETHER]))
-            opened.append(read(**{k: v for k, v in batch.items() if k in ('input_ids', 'attention_mask', 'labels')}).state.num_active)
-    return torch.cat(opened).float().mean().item()
+            yield read(**{k: v for k, v in batch.items() if k in ('input_ids', 'attention_mask', 'labels')}).state
 
 @patch
 def settle_level(self: LexicalTrainer, exact: bool = True) -> float|None:            # open words of held-out texts
@@ -451,6 +486,14 @@ def _as_settled(self: LexicalTrainer):
     self.settle_level(exact=False)                                   # it is judged in the precision of training
     try: yield
     finally: log_theta.data.copy_(before)
+
+@patch
+def begin(self: LexicalTrainer):
+    "Before the first step: in how many of some training texts the untrained model opens each word. A resumed run has it from its checkpoint."
+    if self.frequencies.texts: return
+    some = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(self.args.seed))[:_START_TEXTS]
+    for state in self._states([self.train_dataset[i] for i in some.tolist()]): self._count_open(state)
+    self.frequencies.observe_start(*map(self._sum, self.noted.pop('opened')[1:]))
 
 @patch
 def finish(self: LexicalTrainer):
@@ -491,7 +534,8 @@ def _method(self: LexicalTrainer):
     return nn.ModuleDict(parts if self.level is None else parts | dict(level=self.level))
 
 class _DualStep(TrainerCallback):
-    "Calls the trainer's dual step after each optimiser step."
+    "Calls the trainer before the first step, after each optimiser step, and after the last."
     def __init__(self, trainer): self.trainer = trainer
+    def on_train_begin(self, args, state, control, **kwargs): self.trainer.begin()
     def on_step_end(self, args, state, control, **kwargs): self.trainer.dual_step()
     def on_train_end(self, args, state, control, **kwargs): self.trainer.finish()

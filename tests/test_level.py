@@ -26,9 +26,9 @@ def test_k_is_settled_in_the_precision_in_which_the_model_is_read(tmp_path):
     with torch.no_grad(): counts = net.classify(net.encode(batch['input_ids'], batch['attention_mask'])).num_active
     assert counts.float().mean().item() == pytest.approx(active) and active <= 4
 
-def run(folder, **given):
+def run(folder, train_dataset=None, **given):
     settings = dict(per_device_train_batch_size=16, per_device_eval_batch_size=8, report_to='none', save_strategy='no', use_cpu=True, disable_tqdm=True, active_target=4., learning_rate=5e-3)
-    return LexicalTrainer(model(0.), LexicalTrainingArguments(str(folder), **settings | given), train_dataset=texts(), eval_dataset=texts(24), data_collator=collate)
+    return LexicalTrainer(model(0.), LexicalTrainingArguments(str(folder), **settings | given), train_dataset=train_dataset or texts(), eval_dataset=texts(24), data_collator=collate)
 
 def test_a_model_is_judged_at_the_thresholds_at_which_it_is_handed_out(tmp_path):
     trainer = run(tmp_path, max_steps=24, eval_strategy='steps', eval_steps=6, save_strategy='steps', save_steps=6, load_best_model_at_end=True, save_total_limit=1)
@@ -61,7 +61,20 @@ def test_schedule_free_models_are_kept_with_averaged_thresholds(tmp_path):
 def test_trackers_and_constraint_move_once_per_optimiser_step(tmp_path):
     trainer = run(tmp_path, max_steps=10, per_device_train_batch_size=4, gradient_accumulation_steps=4, separation_weight=.1, warmup_fraction=.2)
     trainer.train()
-    assert int(trainer.level.steps) == 10 and int(trainer.frequencies.updates) == 9 and int(trainer.frequencies.texts) == 16
+    assert int(trainer.level.steps) == 10 and int(trainer.frequencies.updates) == 10
+
+def test_a_dead_word_is_rarer_than_under_the_untrained_gate(tmp_path):
+    "Counted on texts drawn at random, not on the first batch, which holds the longest."
+    rows = texts(uneven=True)
+    trainer, batch = run(tmp_path, max_steps=2, train_sampling_strategy='group_by_length', train_dataset=rows), collate(rows)
+    with torch.no_grad(): expected = (trainer.model.eval().classify(trainer.model.encode(batch['input_ids'], batch['attention_mask'])).sparse_vector > 0).float().mean(0)
+    drawn = torch.get_rng_state()
+    trainer.begin()
+    assert torch.allclose(trainer.frequencies.start, expected) and int(trainer.frequencies.texts) == len(rows) and torch.equal(torch.get_rng_state(), drawn)
+    trainer.train()
+    assert torch.allclose(trainer.frequencies.start, expected) and int(trainer.frequencies.updates) == 2          # training adds nothing to it
+    again = run(tmp_path, max_steps=2, train_sampling_strategy='group_by_length', train_dataset=rows); again.train()
+    assert torch.allclose(again.frequencies.start, expected)
 
 def test_too_few_words_are_said(tmp_path):
     trainer = run(tmp_path, max_steps=2, active_target=60., level_rate=1e-6)

@@ -15,10 +15,10 @@ ENV = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', CUDA_VISIBLE_
 def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
-def start(folder, *options, processes=1):
-    launch = [sys.executable, RUN] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(processes),
+def start(folder, *options, processes=1, script=RUN):
+    launch = [sys.executable, script] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(processes),
         '--master-addr', '127.0.0.1',
-                                                           '--master-port', str(free_port()), RUN]
+                                                           '--master-port', str(free_port()), script]
     return subprocess.run([*map(str, launch), str(folder), *options], capture_output=True, text=True, env=ENV, timeout=240)
 
 def ended(folder, rank=0): return json.loads((Path(folder)/f'ends{rank}.json').read_text())
@@ -74,6 +74,29 @@ def test_two_processes_write_whole_checkpoints_and_resume(runs):
     again = ended(folder)
     assert [h['ce'] for h in again['log']] == pytest.approx([h['ce'] for h in whole['log']], rel=1e-4)
     assert again['method']['geco.log_lambda'] == pytest.approx(whole['method']['geco.log_lambda'], rel=1e-5)
+
+@pytest.mark.slow
+def test_thresholds_do_not_part_where_processes_count_differently(tmp_path):
+    "Each process watches texts of its own here, as if its arithmetic differed: the level follows what they open together."
+    run = start(tmp_path/'two', 'per_device_train_batch_size=8', 'held_out=27', 'own_held_out=true', 'ddp_backend="gloo"', processes=2)
+    assert not run.returncode, run.stderr[-3000:]
+    a, b = ended(tmp_path/'two', 0), ended(tmp_path/'two', 1)
+    assert a['method']['level.log_ratio'] == b['method']['level.log_ratio'] and a['weights'] == b['weights']
+
+TAUGHT = ('taught=true', 'associated=true', 'class_weights=[1.0, 5.0]')
+
+@pytest.mark.slow
+@pytest.mark.parametrize('parts', [('per_device_train_batch_size=8',), ('per_device_train_batch_size=4', 'gradient_accumulation_steps=2')], ids=['processes', 'processes and batches'])
+def test_the_teacher_and_weighted_classes_are_the_same_on_two_processes(tmp_path, parts):
+    "Also where a step is several batches; then without what is a logarithm, or a bias, of each batch's mean."
+    apart = ('band_weight=0.0', 'evidence_share=0.0', 'reference_share=0.0') if len(parts) > 1 else ()
+    one, two = start(tmp_path/'one', *TAUGHT, *apart), start(tmp_path/'two', *TAUGHT, *apart, *parts, 'ddp_backend="gloo"', processes=2)
+    assert not one.returncode and not two.returncode, one.stderr[-3000:] + two.stderr[-3000:]
+    one, two = ended(tmp_path/'one'), ended(tmp_path/'two')
+    for k in ('ce', 'distillation', 'association_agreement', 'anchor', 'completeness', 'active', 'lambda'):
+        assert len([h for h in one['log'] if k in h]) > 10
+        assert [h[k] for h in two['log'] if k in h] == pytest.approx([h[k] for h in one['log'] if k in h], rel=2e-3, abs=1e-4), k
+    assert two['weights'] == pytest.approx(one['weights'], rel=1e-3, abs=1e-3)
 
 @pytest.mark.slow
 def test_each_process_reads_its_share_of_one_order(tmp_path):

@@ -5,16 +5,19 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import BertConfig, BertModel
 
+from lexical_sae import setup_training
 from lexical_sae.arms import measure_trained
 from lexical_sae.backbone import best_device
 from lexical_sae.data import load_task, offline_backbone
 from lexical_sae.dense import DenseClassifier
 from lexical_sae.explainers import WORD_METHODS, Reader, compare_explainers
+from lexical_sae.dla import FactoredLinear
 from lexical_sae.grounding import FrozenReference, measure_grounding
 from lexical_sae.model import LexicalSAEForSequenceClassification
 from lexical_sae.setup_training import TrainingConfig, arguments_for, fit_dense, set_up, setup_and_train
 from lexical_sae.setup_training import _learned_and_watched, _prepare, _twin_key
 from lexical_sae.surgery import SuppressedModel
+from lexical_sae.testing import tiny_checkpoint
 from lexical_sae.watch import ReferenceCache
 
 @pytest.fixture
@@ -101,6 +104,30 @@ def test_what_was_trained_in_bfloat16_answers_in_its_own_precision(csv, tmp_path
     assert halved == [False, False]
     word = int(trained.model(**batch).state.sparse_vector[0].argmax())
     assert SuppressedModel(trained.model, word)(**batch).state.sparse_vector[0, word] == 0       # a view of it reads through its own gate
+
+def test_a_rate_from_a_range_test_is_used_and_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    "It is tested on what is trained then: a head that has been started, with the classes' weights."
+    (tmp_path/'films.csv').write_text('text,label\n' + ''.join(f"a {'dull' if i % 3 else 'good'} film {i},{'neg' if i % 3 else 'pos'}\n" for i in range(60)))
+    seen, test = [], setup_training.learning_rate_range_test
+    def watched(model, batches, **kwargs):
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        found = test(model, batches, **kwargs)
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()) and all(p.grad is None for p in model.parameters())
+        seen.append((found, model.class_weights, model.label_smoothing, type(model.head.fc1), kwargs, before))
+        return found
+    monkeypatch.setattr(setup_training, 'learning_rate_range_test', watched)
+    asked = dict(max_steps=4, warmup_steps=0, logging_steps=1, lr_scheduler_type='constant', class_weights='balanced', label_smoothing=.2, use_cpu=True)
+    trained = setup_and_train(config(str(tmp_path/'films.csv'), output_dir=str(tmp_path/'run'), model_name=tiny_checkpoint(tmp_path/'backbone'), learning_rate=None, distil=False, training=asked,
+                                     model=dict(initial_words=40, classifier_hidden=8, check=False)))
+    ((found, weights, smoothing, first, given, before),) = seen
+    trainer = trained.trainer
+    assert 1e-6 < found.suggestion < 1e-2 and trainer.args.learning_rate == found.suggestion
+    assert {g['name']: g['lr'] for g in trainer.optimizer.param_groups} == pytest.approx(dict(backbone=found.suggestion, head=2*found.suggestion, gate=2e-3))
+    assert [h['learning_rate'] for h in trainer.state.log_history if 'ce' in h] == pytest.approx(4*[found.suggestion])
+    assert first is FactoredLinear and given['head_multiplier'] == 2. and smoothing == trainer.model.label_smoothing == .2
+    assert torch.equal(weights, trainer.model.class_weights) and weights[0] != weights[1]
+    theta = trainer.model.activation.log_theta
+    assert not torch.equal(theta, before['activation.log_theta']) and trainer.model.head.fc1.weight.shape == (8, trainer.model.num_dims)      # trained from there, and unfolded
 
 @pytest.mark.gpu
 def test_a_run_takes_place_on_the_gpu(csv, tmp_path):

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import BertConfig, BertForMaskedLM, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -14,9 +15,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from lexical_sae.model import LexicalSAEForSequenceClassification
 from lexical_sae.train import LexicalTrainer, LexicalTrainingArguments
 
-def texts(n=96, uneven=False):
+def texts(n=96, uneven=False, seed=1):
     "The class is whether token 7 or token 8 stands in the text; of 8 tokens, or of 4 to 8."
-    g, rows = torch.Generator().manual_seed(1), []
+    g, rows = torch.Generator().manual_seed(seed), []
     for i in range(n):
         ids = torch.randint(10, 60, (8,), generator=g)
         ids[int(torch.randint(0, 8, (1,), generator=g))] = 7 + i % 2
@@ -34,6 +35,18 @@ def model(dropout):
         max_position_embeddings=16,
                                           initializer_range=.3, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.))
     return LexicalSAEForSequenceClassification.from_backbone(backbone, init_threshold=1., vocabulary='all', classifier_hidden=16)
+
+def teacher(n=96):
+    "Answers of a dense twin that is more or less sure."
+    sure = 4*torch.rand(n, generator=torch.Generator().manual_seed(5))
+    right = F.one_hot(torch.arange(n) % 2, 2)
+    return sure[:, None]*right
+
+class Associations:
+    "Every word points to one of the two classes, for no reason."
+    def of_dimensions(self, model):
+        toward = torch.randn(model.num_dims, generator=torch.Generator().manual_seed(6))
+        return torch.stack([toward, -toward], 1)                         # [V,C]
 
 class Slow(LexicalTrainer):
     "Says where it is, and waits there to be killed."
@@ -57,11 +70,13 @@ def main(folder, *options):
     given = {k: json.loads(v) for k, v in given.items()}
     stop = {k: given.pop(k) for k in ('stop_in_checkpoint', 'stop_at_step') if k in given}
     dropout, held_out, uneven = given.pop('dropout', 0.), given.pop('held_out', 0), given.pop('uneven', False)
+    own = int(os.environ.get('RANK', 0)) if given.pop('own_held_out', False) else 0             # each process watches other texts
+    taught, associated = given.pop('taught', False), given.pop('associated', False)
     settings = dict(max_steps=24, backbone_dropout=None, per_device_train_batch_size=16, learning_rate=5e-3, logging_steps=1, report_to='none', save_strategy='no',
         use_cpu=True, disable_tqdm=True, active_target=4., anchor_margin=1., warmup_fraction=.25, target_accuracy=.97, revival_weight=.01, separation_weight=.1,
         adam_epsilon=1e-6) | given                                       # a gradient that is rounding alone moves nothing
-    trainer = Slow(model(dropout), LexicalTrainingArguments(folder, **settings), train_dataset=texts(uneven=uneven),
-        eval_dataset=texts(held_out, uneven) if held_out else None, data_collator=collate, **stop)
+    trainer = Slow(model(dropout), LexicalTrainingArguments(folder, **settings), teacher=teacher() if taught else None, associations=Associations() if associated else None,
+        train_dataset=texts(uneven=uneven), eval_dataset=texts(held_out, uneven, seed=1 + own) if held_out else None, data_collator=collate, **stop)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if os.path.isdir(folder) else None)
     method = {k: v.double().flatten().tolist() for k, v in trainer._method().state_dict().items() if not v.double().isnan().any()}

@@ -54,7 +54,7 @@ SCHEMA = {  # key: (JSON type, meaning)
     'schema_version': (int, 'version of this table'),
     'experiment': (str, 'name of the run; its folder under runs/'),
     'command': (str, 'what was typed, without private paths'),
-    'data': (dict, '`name`, `sizes` (rows of each split), `fingerprint` (hash of the rows); notes by option'),
+    'data': (dict, '`name`, `sizes` (rows of each split), `fingerprint` (hash of the rows); by option notes, and the same of tasks tested `elsewhere`'),
     'backbone': (str, 'hub id, or name of the local folder'),
     'seed': (int, 'seed of sampling, initialisation and batch order'),
     'parameters': (dict, 'every knob with the value it had'),

@@ -203,7 +203,7 @@ def price_from_log(
     price, _ = price_of([(h['lambda'], h['ce'], h['tau']) for h in seen])
     cost = f"lambda stayed at {max(lambdas):.2f}: the constraint cost nothing (a higher target_accuracy or fewer words would give it a price)" if price == 'is slack' else \
         f"lambda rose to {max(lambdas):.2f} and ended at {last['lambda']:.2f}: the constraint {price}"
-    return cost + (f"; {last['dead']:,} words that the first batch opened have fallen silent" if last.get('dead') else '')
+    return cost + (f"; {last['dead']:,} words that the untrained model opened have fallen silent" if last.get('dead') else '')
 
 class ConstrainedStopping(TrainerCallback):
     "Skips evaluation in the warm-up, stops after `patience` evaluations without a better model, and reports the choice."

@@ -50,7 +50,7 @@ DENSE = dict(learning_rate=1e-4, head_multiplier=10.)   # of the dense twin, who
 class TrainingConfig:
     "What `setup_and_train` needs; every field has a default."
     active_target: float = LexicalTrainingArguments.active_target      # K: words per text, a ceiling
-    anchor_margin: float = LexicalTrainingArguments.anchor_margin      # how much louder than the reference a word may be, in spreads of z
+    anchor_margin: float = LexicalTrainingArguments.anchor_margin      # how much louder than the reference a word may be, in spreads of z; felt where evidence is off
     target_accuracy: float|None = None                                 # sets tau; None: from the warm-up
     dataset_name: str = 'rotten_tomatoes'
     source: str = 'hub'                  # "hub", "pypi", or a file or folder

@@ -75,8 +75,8 @@ def measure_elsewhere(
     sources: dict[str, str|Dataset],    # task -> where it is found, as in `load_task`, or its test texts; its classes in the order of the trained task's
     samples: int = _ELSEWHERE,   # of each
     max_length: int = 128,  # tokens
-) -> dict[str, list]:       # task -> for each of its test texts whether the answer was right; ValueError for another number of classes
-    "Right answers on test texts of other tasks, without having seen any of theirs."
+) -> dict[str, tuple]:      # task -> what its answers are worth, and which are right, as in `judge_answers`; ValueError for another number of classes
+    "Answers on test texts of other tasks, without having seen any of theirs."
     found = {}
     for name, source in sources.items():
         test = source if isinstance(source, Dataset) else load_task(name, source, test_samples=samples)['test']
@@ -86,7 +86,7 @@ def measure_elsewhere(
             raise ValueError(f"{name} has the classes {', '.join(classes)}, the model {', '.join(setup.names)}: bring them into the same order.")
         if has_several_labels(test) != setup.multilabel: raise ValueError(f"{name} and the model differ in whether classes overlap: choose a task with the same classes.")
         tokens = tokenize_texts(DatasetDict(test=test), setup.model.tokenizer, max_length)['test']
-        found[name] = _answers(predict(tokens), tokens['labels'][:], setup.multilabel)
+        found[name] = judge_answers(predict(tokens), tokens['labels'][:], setup.names, setup.multilabel)
     return found
 
 def _test_record(name, test) -> dict:
@@ -155,8 +155,8 @@ def run_arm(
         judged = _LogitsOnly(trained.model)
         if not keep_model: shutil.rmtree(trained.folder, ignore_errors=True)   # another process may have been first
     others = {task: load_task(task, source, test_samples=_ELSEWHERE)['test'] for task, source in (elsewhere or {}).items()}
-    for task, answers in measure_elsewhere(lambda tokens: predict_dense(judged, tokens, setup.collator), setup, others).items():
-        metrics.setdefault('elsewhere', {})[task] = float(np.mean(answers))
+    for task, (worth, answers) in measure_elsewhere(lambda tokens: predict_dense(judged, tokens, setup.collator), setup, others).items():
+        metrics.setdefault('elsewhere', {})[task] = worth
         atomic_write(out/f'right_{task}.json', json.dumps(answers))
     atomic_write(out/'right.json', json.dumps(right))
     data = data_record(config.dataset_name, setup.data)
@@ -192,7 +192,7 @@ def arms_table(
     rows = {}
     for name, folder in done.items():
         metrics = read_results(folder)['metrics']
-        rows[name] = {k: metrics[k] for k in columns if k in metrics} | {f'on {task}': found for task, found in metrics.get('elsewhere', {}).items()}
+        rows[name] = {k: metrics[k] for k in columns if k in metrics} | {f'on {task}': found['accuracy'] for task, found in metrics.get('elsewhere', {}).items()}
         if against in done and name != against:
             gap = paired_bootstrap(right_of(folder), right_of(done[against]))
             rows[name] |= {f'minus {against}': gap.mean, 'low': gap.low, 'high': gap.high}
@@ -200,7 +200,7 @@ def arms_table(
 
 def arms_of(
     results: Iterable[dict],   # of `ablation`, one or several seeds each
-) -> pd.DataFrame:             # one row an arm and seed: its numbers; `TASK, minus dense` with `low` and `high`, and `auc, minus dense`
+) -> pd.DataFrame:             # one row an arm and seed: its numbers; `TASK, minus dense` with `low` and `high`, `auc, minus dense`, and of other tasks `TASK, auc minus dense`
     "Arms of committed results, each against the dense twin of its seed."
     rows = []
     for result in results:
@@ -211,6 +211,9 @@ def arms_of(
             for task, gap in m.get('minus_dense', {}).items(): row |= {f'{task}, minus dense': gap['mean'], f'{task}, low': gap['low'], f'{task}, high': gap['high']}
             twin = result['metrics'].get(f'dense, seed {seed}', {})
             if 'auc' in m and 'auc' in twin: row['auc, minus dense'] = m['auc'] - twin['auc']
+            for task, found in m.get('elsewhere', {}).items():
+                known = twin.get('elsewhere', {}).get(task, {})
+                if 'auc' in found and 'auc' in known: row[f'{task}, auc minus dense'] = found['auc'] - known['auc']
             rows.append(row)
     return pd.DataFrame(rows)
 

@@ -88,7 +88,7 @@ class Separation:
         if axes is None: axes = plt.subplots(1, C, figsize=(2.6*C, .25*k + .6), squeeze=False)[1][0]
         for name, words, ax in zip(self.classes, self.words, axes):
             best = words[:k][::-1]
-            ax.barh([w for w, _ in best], [v for _, v in best], color=BLUE); ax.set_title(name)
+            ax.barh([w for w, _ in best], [v for _, v in best], color=BLUE); ax.set_title(name); ax.locator_params(axis='x', nbins=3)
         return axes
 
 def separate(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MULTILABEL', 'is_multilabel', 'probabilities', 'right_answers', 'check_labels', 'check_class_ids',
-           'check_multilabels', 'classification_loss', 'class_weights']
+           'check_multilabels', 'classification_loss', 'loss_weight', 'class_weights']
 
 # %% ../nbs/01aa_targets.ipynb #f1067a51
 from collections.abc import Sequence
@@ -87,9 +87,19 @@ def classification_loss(
         if class_weights is None: return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         loss = F.cross_entropy(logits, labels, reduction='none', label_smoothing=label_smoothing)      # torch would weigh the smoothed part by all classes
         weight = class_weights[labels.clamp(min=0)]*(labels >= 0)
-        return (weight*loss).sum()/weight.sum()
+        return (weight*loss).sum()/loss_weight(labels, class_weights)
     target = check_multilabels(labels, logits)*(1 - label_smoothing) + label_smoothing/2
     return F.binary_cross_entropy_with_logits(logits, target, pos_weight=class_weights)
+
+def loss_weight(
+    labels: Tensor,                     # [B] class ids, or [B,C] of 0 and 1
+    class_weights: Tensor|None = None,  # [C]
+    multilabel: bool = False,
+) -> Tensor:                            # []; texts, or the weights of their classes
+    "What the mean of `classification_loss` is taken over: means of batches are to be weighted by it."
+    if multilabel: return torch.tensor(float(len(labels)), device=labels.device)         # a yes weighs more, and nothing is divided by that
+    known = labels[labels >= 0]
+    return known.new_tensor(len(known), dtype=torch.float) if class_weights is None else class_weights.to(known.device)[known].sum()
 
 def class_weights(
     labels: Sequence|Tensor,             # [n] class ids, or [n,C] of 0 and 1

@@ -28,7 +28,7 @@ from .objectives import (AttributionCentroidTracker, FeatureFrequencyTracker, Le
                                     centroid_cosine, completeness_loss, distillation_loss, evidence_loss, evidence_share, flops_loss, l1_loss,
                                     masked_language_loss, open_words, revival_loss, separation_loss, sparsity_loss, strongest_answers, strongest_rival)
 from .optimisation import build_optimizer, centralize_gradients, evaluation_mode, parameter_groups
-from .targets import class_weights, is_multilabel
+from .targets import class_weights, is_multilabel, loss_weight
 from .watch import ConstrainedStopping, ProgressLines, ReferenceCache, ValidationFitter, constrained_score
 
 # %% ../nbs/02c_train.ipynb #cd3ab8c3
@@ -357,8 +357,7 @@ def _weighs_apart(self: LexicalTrainer):
     return not self.multilabel and weights is not None and self.accelerator.num_processes*self.args.gradient_accumulation_steps > 1
 
 @patch
-def _weight_of(self: LexicalTrainer, labels):
-    return self._net.class_weights.to(labels.device)[labels.clamp(min=0)][labels >= 0].sum()
+def _weight_of(self: LexicalTrainer, labels): return loss_weight(labels, self._net.class_weights)
 
 @patch
 def _of_all(self: LexicalTrainer, ce: Tensor, labels: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from .dla import CircuitState, circuit_state
 from .geco import price_of
 from .grounding import FrozenReference, centred_contributions, said_by_reference
 from .model import LexicalSAE
-from .targets import classification_loss, is_multilabel, right_answers
+from .targets import classification_loss, is_multilabel, loss_weight, right_answers
 
 # %% ../nbs/02bb_watch.ipynb #5c441398
 class ReferenceCache:
@@ -86,7 +86,7 @@ class EpochOrder(Sampler):
 # %% ../nbs/02bb_watch.ipynb #3fe97c1c
 class ValidationFitter:
     "Streams over classified batches and hands out what a run is judged by."
-    KEYS = ('texts', 'ce', 'right', 'active', 'size', 'said')
+    KEYS = ('texts', 'weight', 'ce', 'right', 'active', 'size', 'said')
 
     def __init__(self, model: LexicalSAE, reference: FrozenReference|None = None):
         self.model, self.reference, self.multilabel = model, reference, is_multilabel(model.config)
@@ -107,7 +107,8 @@ class ValidationFitter:
         n, labels = len(state.logits), batch['labels']
         ce = classification_loss(state.logits, labels, self.multilabel, self.model.label_smoothing, self.model.class_weights)
         size, said = self._said(state, batch) if self.reference is not None else (0., 0.)
-        now = (n, n*ce, right_answers(state.logits, labels, self.multilabel).sum(), state.num_active.sum(), size, said)
+        weight = loss_weight(labels, self.model.class_weights, self.multilabel)
+        now = (n, weight, weight*ce, right_answers(state.logits, labels, self.multilabel).sum(), state.num_active.sum(), size, said)
         self.sums += torch.tensor([float(x) for x in now], dtype=torch.float64)
 
     def _said(self, state, batch):
@@ -123,7 +124,7 @@ class ValidationFitter:
         "Means over all texts."
         s = dict(zip(self.KEYS, reduce(self.sums).tolist()))
         if not s['texts']: raise ValueError("No text was seen: call update() with at least one batch before fit().")
-        found = dict(ce=s['ce']/s['texts'], accuracy=s['right']/s['texts'], active=s['active']/s['texts'])
+        found = dict(ce=s['ce']/s['weight'], accuracy=s['right']/s['texts'], active=s['active']/s['texts'])
         return found | ({} if self.reference is None else {'reference_share': s['said']/s['size'] if s['size'] else 0.})
 
 # %% ../nbs/02bb_watch.ipynb #e2d08832

@@ -44,7 +44,7 @@ RECIPE = dict(num_train_epochs=2.5, warmup_steps=100, weight_decay=.01, lr_sched
 OURS = dict(head_multiplier=2.,          # a head that was fitted first needs no haste
     gate_learning_rate=2e-3,             # words may part from the common level by factors, and the level control makes up for what they do together
     anchor_weight=2.)
-DENSE = dict(learning_rate=1e-4, head_multiplier=10.)   # of the dense twin, whose head starts at random: at three times this rate it does not learn
+DENSE = dict(learning_rate=1e-4, head_multiplier=10.)   # of the dense twin, whose head starts at random: chapter 02d has rates around it
 
 @dataclass
 class TrainingConfig:

@@ -1,21 +1,24 @@
 "Experiment notebooks, executed on a random backbone of a hundred words: that they run, and where they write."
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import papermill as pm
 import pytest
-from traitlets.config import Config
 
 from lexical_sae.testing import tiny_checkpoint, tiny_texts
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'tools'))
+from run_experiment import KERNEL                                        # noqa: E402
 
 def execute(notebook, folder, monkeypatch, **parameters):
     "One notebook with papermill; what it wrote under `folder`/runs/toy."
     monkeypatch.setenv('JUPYTER_PATH', str(Path(sys.prefix)/'share/jupyter'))
-    pm.execute_notebook(str(ROOT/f'nbs/experiments/{notebook}.ipynb'), str(folder/'executed.ipynb'), dict(experiment_name='toy', output_dir=str(folder/'runs')) | parameters, cwd=str(ROOT),
-                        kernel_name='python3', progress_bar=False, log_output=False, config=Config(KernelManager=dict(transport='ipc')))
+    pm.execute_notebook(str(ROOT/f'nbs/experiments/{notebook}.ipynb'), str(folder/'executed.ipynb'), dict(experiment_name='toy', output_dir=str(folder/'runs')) | parameters, cwd=str(ROOT), **KERNEL)
     return folder/'runs/toy'
 
 def write_csv(path, seed):
@@ -26,6 +29,24 @@ def write_csv(path, seed):
 
 @pytest.fixture
 def backbone(tmp_path): return tiny_checkpoint(tmp_path/'backbone', num_hidden_layers=1)
+
+TOGETHER = '''
+import sys; sys.path.insert(0, sys.argv[1])
+import papermill as pm
+from run_experiment import KERNEL
+pm.execute_notebook('both.ipynb', sys.argv[2], **KERNEL)
+'''
+
+@pytest.mark.slow
+def test_two_experiments_run_side_by_side_in_one_folder(tmp_path):
+    "A batch of runs shares its checkout: each hears its own kernel alone."
+    cells = [nbformat.v4.new_code_cell('import time; time.sleep(1)') for _ in range(3)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python'))), tmp_path/'both.ipynb')
+    runs = [subprocess.Popen([sys.executable, '-c', TOGETHER, ROOT/'tools', f'{i}.ipynb'], cwd=tmp_path, env=os.environ | dict(JUPYTER_PATH=str(Path(sys.prefix)/'share/jupyter')), stderr=subprocess.PIPE, text=True)
+            for i in range(2)]
+    failed = [err for run in runs if (err := run.communicate(timeout=120)[1]) and run.returncode]
+    assert not failed, failed[0][-600:]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['0.ipynb', '1.ipynb', 'both.ipynb']             # and no socket is left beside them
 
 SHORT = dict(max_steps=4, warmup_steps=1, logging_steps=1, bf16=False, use_cpu=True)
 

@@ -3,6 +3,7 @@ import difflib
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import papermill as pm
@@ -10,8 +11,9 @@ import yaml
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
+SOCKETS = tempfile.TemporaryDirectory(prefix='lexical-')                  # of this process: experiments that run side by side in one checkout would hear each other's kernels
 KERNEL = dict(kernel_name='python3', progress_bar=False, log_output=False, stdout_file=sys.stdout,
-              config=Config(KernelManager=dict(transport='ipc')))            # not a port of the machine, which its other users could listen to
+              config=Config(KernelManager=dict(transport='ipc', ip=f'{SOCKETS.name}/kernel')))         # not a port of the machine, which its other users could listen to
 
 def overridden(params, changes):
     "The parameters with NAME=VALUE changes, values read as YAML."

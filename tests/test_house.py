@@ -292,7 +292,7 @@ def test_an_experiment_runs_from_its_parameter_file(tmp_path):
     metrics = json.loads((folder/'results.json').read_text())['metrics']
     assert metrics['identity_error'] <= 1e-5 and 0 < metrics['active_dims'] < 1000 and 'dense' in metrics
     report = (folder/'report.html').read_text()
-    assert out.strip().splitlines()[-1].startswith('report ') and '<html' in report and 'lambda' in report and 'the constraint ' in report
+    assert out.strip().splitlines()[-1].startswith('report ') and '<html' in report and 'Lambda ' in report and ': the constraint ' in report
     assert (folder/'model/model.safetensors').exists()
 
 @pytest.mark.parametrize('arguments, sentence', [(['missing.yaml'], 'No parameter file'), (['paper/params/demo.yaml', 'num_epochs=1'], "did you mean 'num_train_epochs'?"),

@@ -87,7 +87,7 @@ def classification_loss(
         if class_weights is None: return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         loss = F.cross_entropy(logits, labels, reduction='none', label_smoothing=label_smoothing)      # torch would weigh the smoothed part by all classes
         weight = class_weights[labels.clamp(min=0)]*(labels >= 0)
-        return (weight*loss).sum()/loss_weight(labels, class_weights)
+        return (weight*loss).sum()/weight.sum()
     target = check_multilabels(labels, logits)*(1 - label_smoothing) + label_smoothing/2
     return F.binary_cross_entropy_with_logits(logits, target, pos_weight=class_weights)
 

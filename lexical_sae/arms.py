@@ -21,7 +21,7 @@ from sklearn.isotonic import isotonic_regression
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor
 
-from .data import _is_path, class_names_of, data_record, fingerprint, has_several_labels, load_task, tokenize_texts
+from .data import class_names_of, data_record, fingerprint, has_several_labels, is_path, load_task, tokenize_texts
 from .dense import DenseClassifier, predict_dense
 from .grounding import lexicon_class, measure_grounding
 from .results import atomic_write, paired_bootstrap, plain, read_results, write_results
@@ -114,7 +114,7 @@ _read = {}   # files as they stand -> fingerprint: a batch of arms reads them on
 
 def _fingerprint_now(config) -> str|None:
     "Of the data in the files that a config names; None where it names none, and what is fetched by its name is taken to be the same."
-    if config.source == 'pypi' or config.source == 'hub' and not _is_path(config.dataset_name): return None
+    if config.source == 'pypi' or config.source == 'hub' and not is_path(config.dataset_name): return None
     place = Path(config.dataset_name if config.source == 'hub' else config.source)
     if not place.exists(): return None                                   # the results outlive them
     files = [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in [place, *sorted(place.rglob('*'))] if f.is_file()]
@@ -192,7 +192,8 @@ def arms_table(
     rows = {}
     for name, folder in done.items():
         metrics = read_results(folder)['metrics']
-        rows[name] = {k: metrics[k] for k in columns if k in metrics} | {f'on {task}': found['accuracy'] for task, found in metrics.get('elsewhere', {}).items()}
+        rows[name] = {k: metrics[k] for k in columns if k in metrics}
+        for task, found in metrics.get('elsewhere', {}).items(): rows[name] |= {f'{k} on {task}': found[k] for k in ('accuracy', 'auc') if k in found}
         if against in done and name != against:
             gap = paired_bootstrap(right_of(folder), right_of(done[against]))
             rows[name] |= {f'minus {against}': gap.mean, 'low': gap.low, 'high': gap.high}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['normalised_text', 'texts_of', 'deduplicate', 'class_names_of', 'check_classes', 'has_several_labels',
-           'stratified_indices', 'hold_out', 'load_task', 'fingerprint', 'data_record', 'tokenize_texts',
+           'stratified_indices', 'hold_out', 'is_path', 'load_task', 'fingerprint', 'data_record', 'tokenize_texts',
            'text_lengths', 'automatic_max_length']
 
 # %% ../nbs/02b_data.ipynb #d5d01fbb
@@ -125,7 +125,7 @@ def hold_out(
 # %% ../nbs/02b_data.ipynb #0c01d54e
 _NAMES = ('train', 'validation', 'test')
 
-def _is_path(name) -> bool:
+def is_path(name) -> bool:
     "Whether a dataset's name is the path of a file, or of a folder that is written as one; \"owner/dataset\" stays a hub id."
     return Path(name).is_file() or Path(name).is_dir() and (Path(name).is_absolute() or str(name).startswith('.'))
 
@@ -224,7 +224,7 @@ def load_task(
 ) -> DatasetDict:                  # train, test, perhaps validation: text+label or tokens+tags with named classes;
                                    # a label is a list where classes do not exclude each other
     "Load a task from the hub, a wheel, or your own files; bad input raises ValueError or OSError with one sentence."
-    if source == 'hub' and _is_path(name): name, source = Path(name).stem, name
+    if source == 'hub' and is_path(name): name, source = Path(name).stem, name
     task = _find_task(name, source)
     if config and not task.hub: raise ValueError(f"config names a part of a dataset on the hub, and {task.name} is not read from there: leave it out.")
     if config: task = replace(task, hub=(task.hub[0], config, task.hub[2]))

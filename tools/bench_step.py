@@ -112,11 +112,11 @@ Medians of one run each; every file names its processor and its number of thread
 
 ## A training step against the dense twin's
 
-{B} texts of {L} tokens. *Whole step*: forward, losses, the teacher's answers, backward, clipping, optimiser, dual step, trackers and level control, whose look at held-out texts is shared out over the steps between two looks.
+{B} texts of {L} tokens. A whole step: forward, losses, the teacher's answers, backward, clipping, optimiser, dual step, trackers and level control, whose look at held-out texts is shared out over the steps between two looks.
 What the frozen reference says of a text is remembered: the head start reads up to ten thousand texts with the untrained model, and a text beyond these is read when it is trained on for the first time.
 
-| backbone | open words | precision | what was timed | dense, seconds | with what is remembered: times dense | with that reading: times dense | wanted | remembered | with that reading |
-|---|---|---|---|---|---|---|---|---|---|
+| backbone | open words | precision | dense, seconds | with what is remembered: times dense | with that reading: times dense | wanted | remembered | with that reading |
+|---|---|---|---|---|---|---|---|---|
 {rows}
 """
 
@@ -125,8 +125,8 @@ def readme(folder='paper/bench'):
     rows = []
     for file in sorted(Path(folder).glob('step_*.json')):
         r = json.loads(file.read_text())
-        wanted, timed = WANTED.get(r['backbone']), 'whole step' if 'look_seconds' in r else 'loss, backward and optimiser on one batch, no teacher'     # a file of an earlier benchmark
-        cells = (r['backbone'], r['words'], r['dtype'], timed, f"{r['dense_seconds']:.2f}", f"{r['ratio']:.2f}", f"{r['ratio_first_epoch']:.2f}", wanted or '', verdict(r['ratio'], wanted), verdict(r['ratio_first_epoch'], wanted))
+        wanted = WANTED.get(r['backbone'])
+        cells = (r['backbone'], r['words'], r['dtype'], f"{r['dense_seconds']:.2f}", f"{r['ratio']:.2f}", f"{r['ratio_first_epoch']:.2f}", wanted or '', verdict(r['ratio'], wanted), verdict(r['ratio_first_epoch'], wanted))
         rows.append('| ' + ' | '.join(map(str, cells)) + ' |')
     atomic_write(Path(folder)/'README.md', PAGE.format(B=B, L=L, rows='\n'.join(rows)))
 

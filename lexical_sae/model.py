@@ -251,7 +251,8 @@ class LexicalSAE(PreTrainedModel):
         if self.query is not None:
             s, position = attention_decode(seq.h, weight, bias, self.attention(seq), self.activation, self.open_dims())
             return circuit_state(s, self.head, position)
-        z_max, position = pooled_decode(seq.h, weight, bias, seq.keep, self.open_dims())   # [B,V] each
+        theta = self.activation.theta[:self.vocab_size].detach()                           # what is closed has no position to be read
+        z_max, position = pooled_decode(seq.h, weight, bias, seq.keep, self.open_dims(), above=theta)   # [B,V] each
         if self.senses is not None: return self._classify_senses(seq, z_max, position)
         return circuit_state(self.activation(z_max), self.head, position, z_max)
 

@@ -155,7 +155,7 @@ class TaggingTrainer(LexicalTrainer):
         terms = {'ce': outputs.loss}
         if self.teacher is not None: terms['distillation'] = self._distil(state.logits, self.teacher[example_id][tuple(state.index.T)])
         if self.reference is not None and args.anchor_weight:
-            terms['anchor'] = self._anchor(state, inputs, self.reference(inputs['input_ids'], inputs['attention_mask'], example_id))
+            terms['anchor'] = self._anchor(state, inputs, self._ask_reference(inputs, example_id))
         if args.mlm_weight: terms['mlm'] = masked_language_loss(self._net, inputs['input_ids'], inputs['attention_mask'])
         self._count_open(state)
         if self.warming_up: return terms

@@ -302,11 +302,16 @@ def combine(self: LexicalTrainer, terms: dict) -> Tensor:
 
 # %% ../nbs/02c_train.ipynb #00a53c43
 @patch
+def _ask_reference(self: LexicalTrainer, inputs, example_id=None):
+    "h of the frozen reference [B,L,D], read in the precision that is trained in: what is remembered of it is no finer."
+    with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+        return self.reference(inputs['input_ids'], inputs['attention_mask'], example_id)
+
+@patch
 def _hear(self: LexicalTrainer, state, inputs, example_id=None):
     "The open words of each text, and what the reference says of them at every position: `open_words`, and z0 [B,K,L]."
     ids, z, mask = open_words(state)
-    h0 = self.reference(inputs['input_ids'], inputs['attention_mask'], example_id)
-    return ids, z, mask, self.reference.reference.logits_of(h0, ids)
+    return ids, z, mask, self.reference.reference.logits_of(self._ask_reference(inputs, example_id), ids)
 
 @patch
 def _anchor(self: LexicalTrainer, opened, inputs):

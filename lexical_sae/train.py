@@ -278,7 +278,7 @@ def loss_terms(self: LexicalTrainer, outputs, inputs, example_id=None) -> dict:
     z = state.z_max if state.z_max is not None else state.sparse_vector
     own = strongest_answers(state.logits, inputs['labels']) if self.multilabel else inputs['labels']
     if args.completeness_weight:
-        terms['completeness'] = completeness_loss(state, own, args.sparsity_target, args.completeness_against, self.multilabel)
+        terms['completeness'] = completeness_loss(state.narrow, own, args.sparsity_target, args.completeness_against, self.multilabel)
     if args.separation_weight: terms['separation'] = self._separation(state, own)
     if self._band():
         terms['band'] = self._log_of_mean(sparsity_loss(z, self._net.activation) if args.sparsity == 'l0' else l1_loss(state.sparse_vector))
@@ -324,20 +324,20 @@ def _anchor(self: LexicalTrainer, opened, inputs):
 @patch
 def _evidence(self: LexicalTrainer, state, inputs, opened=None):
     "On the text's own words, on those that the reference says at the position itself, and on those that point to the class they speak for."
-    args, none = self.args, torch.zeros_like(state.sparse_vector, dtype=torch.bool)
+    args, words, none = self.args, state.narrow.ids, torch.zeros_like(state.sparse_vector, dtype=torch.bool)
     label, rival = inputs['labels'], strongest_rival(state.logits, inputs['labels'])
-    part = state.attribution(label, rival)
+    part = state.narrow.attribution(label, rival)                                       # [B,U]
     always = self._sum(state.b_eff.detach().mean(0))/self.accelerator.num_processes     # what the bias says of every text: no evidence, and none missing
     bias = (state.b_eff - always).gather(1, torch.stack([label, rival], 1))
-    own = none.scatter(1, inputs['input_ids'], True)
-    if self._net.senses is not None: own = own[:, self._net.base_ids]                   # every sense of a word that stands there
+    own = none.scatter(1, inputs['input_ids'], True)[:, self._net.base_ids[words]]      # every sense of a word that stands there
     found = dict(input_share=(evidence_share(part, own, bias[:, 0] - bias[:, 1]), args.evidence_share))
     if self.direction is not None:
-        found['association_agreement'] = agreeing_share(part, self.direction[label] - self.direction[rival]), args.association_share
+        direction = self.direction[:, words]
+        found['association_agreement'] = agreeing_share(part, direction[label] - direction[rival]), args.association_share
     if opened is not None and args.reference_share:
         ids, z0 = opened[0], opened[-1]
         there = z0.gather(2, state.position.gather(1, ids).long()[..., None])[..., 0]                         # [B,K] at the word's own position
-        found['reference_share'] = evidence_share(part, none.scatter(1, ids, there > self.start_theta)), args.reference_share
+        found['reference_share'] = evidence_share(part, none.scatter(1, ids, there > self.start_theta)[:, words]), args.reference_share
     self.shares = {name: share.detach().mean() for name, (share, _) in found.items()}
     return sum(evidence_loss(share, wanted) for share, wanted in found.values())
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from .activation import Gate
 
 # %% ../nbs/00a_decode.ipynb #cb2b645b
-TILE_ELEMENTS = dict(cpu=2**23, cuda=2**27)  # numbers in one [N,T] temporary: 32 MiB in float32, 512 on a GPU, where many small products cost more than memory
+TILE_ELEMENTS = dict(cpu=2**22, cuda=2**27)  # numbers in one [N,T] temporary: 16 MiB in float32, 512 on a GPU, where many small products cost more than memory
 
 def vocabulary_tiles(
     num_rows: int,             # N: rows of h that a tile is multiplied with

@@ -4,6 +4,7 @@ What is timed is what a trainer does between two batches: its own `training_step
 level control). Level control looks at held-out texts every so many steps; a look is timed by itself and shared out over these.
 
 bench_step.py offline|bert-base|tiny [native|float32|bfloat16] [words a text opens] [rounds]; native: bfloat16 where the machine multiplies in it
+bench_step.py precisions: those that the machine multiplies in
 bench_step.py readme [FOLDER]: writes README.md of what was measured, and whether it is as fast as is wanted
 """
 import contextlib, json, statistics, sys, tempfile, time, warnings
@@ -130,4 +131,12 @@ def readme(folder='paper/bench'):
         rows.append('| ' + ' | '.join(map(str, cells)) + ' |')
     atomic_write(Path(folder)/'README.md', PAGE.format(B=B, L=L, rows='\n'.join(rows)))
 
-if __name__ == '__main__': readme(*sys.argv[2:]) if sys.argv[1] == 'readme' else main(*sys.argv[1:])
+def precisions():
+    "A machine that only imitates bfloat16 says nothing of its speed."
+    print('float32', *(['bfloat16'] if has_bfloat16() else []))
+
+if __name__ == '__main__':
+    match sys.argv[1:]:
+        case ['precisions']: precisions()
+        case ['readme', *folder]: readme(*folder)
+        case arguments: main(*arguments)

@@ -72,7 +72,7 @@ def _product(h, weight, t, dtype):
     return h @ weight[t].to(dtype).T
 
 def _pool_forward(rows, lengths, weight, bias, dims, tile, above=None):
-    "Value and row of every word's loudest position; [B,V] each, -inf and 0 where not decoded, rows as told where not above."
+    "Value and row of every word's loudest position; [B,V] each, -inf and 0 where not decoded, the text's first row where not above."
     B, V, dtype = len(lengths), weight.shape[0], compute_dtype(rows)
     out = torch.promote_types(dtype, torch.float32)                        # head and gate work in float32 or better
     z_max = torch.full((B, V), -torch.inf, dtype=out, device=rows.device)
@@ -80,9 +80,11 @@ def _pool_forward(rows, lengths, weight, bias, dims, tile, above=None):
     rows, above = rows.to(dtype), above if rows.device.type == 'cpu' else None       # a GPU finds the rows in passing, and would wait for each text's words
     for t in vocabulary_tiles(len(rows), V, dims, tile, rows.device.type):
         z = _product(rows, weight, t, dtype)                               # [N,T]
-        value, where = _max_by_text(z, lengths) if above is None else (torch.stack([text.amax(0) for text in z.split(lengths)]), None)
-        z_max[:, t] = value = value.to(out) if bias is None else value.to(out) + bias[t].to(out)
-        row[:, t] = (_rows_of_told(z, lengths, value > above[t]) if where is None else where).int()
+        if above is None: value, where = _max_by_text(z, lengths)
+        else: value = torch.stack([text.amax(0) for text in z.split(lengths)])
+        value = value.to(out) if bias is None else value.to(out) + bias[t].to(out)
+        z_max[:, t] = value
+        row[:, t] = (where if above is None else _rows_of_told(z, lengths, value > above[t])).int()
     return z_max, row
 
 # %% ../nbs/00a_decode.ipynb #0af7a296

@@ -202,7 +202,7 @@ def arms_table(
 def arms_of(
     results: Iterable[dict],   # of `ablation`, one or several seeds each
 ) -> pd.DataFrame:             # one row an arm and seed: its numbers; `TASK, minus dense` with `low` and `high`, `auc, minus dense`, and of other tasks `TASK, auc minus dense`
-    "Arms of committed results, each against the dense twin of its seed."
+    "Arms of committed results, each against the dense twin of its seed, or against one of its own that is called 'dense, ARM'."
     rows = []
     for result in results:
         for name, m in result['metrics'].items():
@@ -210,7 +210,7 @@ def arms_of(
             arm, seed = name.rsplit(', seed ', 1)
             row = dict(arm=arm, seed=int(seed)) | {k: v for k, v in m.items() if isinstance(v, (int, float))}
             for task, gap in m.get('minus_dense', {}).items(): row |= {f'{task}, minus dense': gap['mean'], f'{task}, low': gap['low'], f'{task}, high': gap['high']}
-            twin = result['metrics'].get(f'dense, seed {seed}', {})
+            twin = next((result['metrics'][t] for t in (f'dense, {arm}, seed {seed}', f'dense, seed {seed}') if t in result['metrics']), {})    # that of another budget
             if 'auc' in m and 'auc' in twin: row['auc, minus dense'] = m['auc'] - twin['auc']
             for task, found in m.get('elsewhere', {}).items():
                 known = twin.get('elsewhere', {}).get(task, {})

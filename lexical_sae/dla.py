@@ -101,14 +101,14 @@ class _Columns(nn.Module):
     "A layer over some of its words; gradients reach the layer."
     def __init__(self, layer, ids):
         super().__init__()
-        self.weight, self.bias = word_columns(layer, ids), layer.bias
+        with torch.autocast(layer.bias.device.type, enabled=False): self.weight, self.bias = word_columns(layer, ids), layer.bias
     def forward(self, s): return F.linear(s, self.weight, self.bias)
 
 def narrow_head(
     head: ClassifierHead,
     ids: Tensor,        # [U] words
 ) -> ClassifierHead:    # over U words; its gradients are the head's
-    "The head over some words alone, whose columns are picked once for whatever is asked of them."
+    "The head over some words alone, whose columns are picked once from the large matrix."
     narrow = copy.copy(head)
     narrow._modules = head._modules | {'fc1' if head.hidden else 'fc2': _Columns(head.words, ids)}
     return narrow
@@ -167,14 +167,15 @@ class CircuitState:
     position: Tensor                # [B,V] where each word is loudest; meaningful where s > 0
     head: ClassifierHead = field(repr=False)
     z_max: Tensor|None = field(default=None, repr=False)   # [B,V] logits before the gate (max pooling only)
-    ids: Tensor|None = field(default=None, repr=False)     # [V] which words the columns are, where they are not all (`narrow`)
+    ids: Tensor|None = field(default=None, repr=False)     # [U] which words the columns are, where they are not all (`narrow`)
 
     @property
     def narrow(self) -> 'CircuitState':
-        "The same state over the words that are open somewhere in the batch, and one that is closed and stands for the others."
+        "The same state over the U words that are open somewhere in the batch, with gradients for the head and for these words, where they are on when it is first asked for; closed words take none."
+        if self.ids is not None: return self
         if not hasattr(self, '_narrow'):
-            open_ = (self.sparse_vector > 0).any(0)                      # [V]
-            ids = open_.index_fill(0, open_.long().argmin(), True).nonzero()[:, 0]
+            open_ = (self.sparse_vector != 0).any(0)                     # [V]
+            ids = open_.index_fill(0, open_.long().argmin(), True).nonzero()[:, 0]           # and a closed one: circuits of all open words are cut beneath these
             over = lambda x: None if x is None else x[:, ids]
             self._narrow = CircuitState(self.logits, over(self.sparse_vector), over(self.position), narrow_head(self.head, ids), over(self.z_max), ids)
             self._narrow._units = self.units

@@ -11,12 +11,13 @@ def main(path, gradient, dtype):
     h = torch.randn(B, L, D, requires_grad=True)
     E, b = torch.randn(V, D, requires_grad=True), torch.randn(V, requires_grad=True)
     keep = torch.arange(L) < torch.randint(L//2, L + 1, (B, 1))
-    with torch.no_grad(): least = pooled_decode(h, E, b, keep, tile=64)[0].topk(OPEN).values.min() - 1      # small tiles: the peak is read below
-    above = least.expand(V) if gradient == 'sparse' else None              # as a gate's thresholds tell the decode
+    above = None                                                           # after the first step, as a gate's thresholds tell the decode: what is open is louder
     def decode(): return pooled_decode(h, E, b, keep, above=above) if path == 'tiled' else naive_decode(h, E, b, keep)
     def step():
+        nonlocal above
         with torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
             z = decode()[0].float()
+        if above is None: above = z.detach().topk(OPEN + 1).values.min().expand(V) if gradient == 'sparse' else torch.full((V,), -torch.inf)
         if gradient == 'sparse': z = torch.where(z > z.detach().topk(OPEN + 1).values[:, -1:], z, 0.)
         z.square().sum().backward()
         h.grad = E.grad = b.grad = None

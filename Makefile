@@ -70,8 +70,8 @@ bench: .venv/ready ## time and memory of the decode and of a tagging step, time 
 	@for d in float32 bfloat16; do for g in sparse dense; do for p in tiled naive; do PYTHONPATH=. $(BIN)/python tools/bench_decode.py $$p $$g $$d; done; done; done
 	@mkdir -p paper/bench; keep() { "$${@:2}" > "$$1.part" && mv "$$1.part" "$$1" && cat "$$1"; }; export PYTHONPATH=.; \
 	precisions=$$($(BIN)/python tools/bench_step.py precisions) || exit 1; for d in $$precisions; do \
-	for w in 400 50; do keep paper/bench/step_offline_$${w}_$$d.json $(BIN)/python tools/bench_step.py offline $$d $$w; done; \
-	keep paper/bench/step_bert-base_$$d.json $(BIN)/python tools/bench_step.py bert-base $$d 50 3; done; $(BIN)/python tools/bench_step.py readme; \
+	for w in 400 50; do keep paper/bench/step_offline_$${w}_$$d.json $(BIN)/python tools/bench_step.py offline $$d $$w 12; done; \
+	keep paper/bench/step_bert-base_$$d.json $(BIN)/python tools/bench_step.py bert-base $$d 50 5; done; $(BIN)/python tools/bench_step.py readme; \
 	for d in float32 bfloat16; do keep paper/bench/tagging_$$d.json $(BIN)/python tools/bench_tagging.py both $$d; done
 
 clean: ## remove what was built

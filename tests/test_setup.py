@@ -80,6 +80,17 @@ def test_what_the_head_start_reads_the_reference_need_not_read(csv):
     found = cache(batch['input_ids'], batch['attention_mask'], batch['example_id'])
     assert torch.allclose(found[mask].float(), expected.cpu()[mask].float(), rtol=.02, atol=.02)
 
+@pytest.mark.parametrize('halved', [True, False])
+def test_the_reference_is_read_in_the_precision_that_is_trained_in(csv, tmp_path, monkeypatch, halved):
+    "Which is what is kept of it; whoever judges a model reads without autocast."
+    read, encode = [], FrozenReference.encode
+    def noted(self, *args, **kwargs):
+        read.append((torch.is_grad_enabled(), torch.is_autocast_enabled(self.backbone.device.type)))
+        return encode(self, *args, **kwargs)
+    monkeypatch.setattr(FrozenReference, 'encode', noted)
+    setup_and_train(config(csv, output_dir=str(tmp_path), head_start=False, distil=False, validation_share=.3, evaluations=1, training=dict(max_steps=2, warmup_steps=0, bf16=halved)))
+    assert (True, halved) in read and not {(True, not halved), (False, True)} & set(read)
+
 def test_a_run_that_never_asks_the_reference_keeps_nothing_for_it(csv):
     setup = set_up(config(csv, training=dict(anchor_weight=0., reference_share=0.)))
     cache = ReferenceCache(setup.reference)

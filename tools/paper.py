@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT/'tools'))
 from run_experiment import KERNEL, split_changes                         # noqa: E402
 # in this order: later experiments read the models of earlier ones
 RUNS = ['demo', 'sst2', 'sst2_20k', 'sst2_20k_seed1', 'sst2_20k_seed2', 'sst2_20k_again', 'sst2_20k_binding', 'ag_news', 'imdb', 'banking77',
-        *(f'{x}_exemplars' for x in ('sst2', 'ag_news', 'imdb', 'banking77')), 'ablation', 'ablation_seed1', 'ablation_seed2', 'dense_rates', 'longer', 'robustness',
+        *(f'{x}_exemplars' for x in ('sst2', 'ag_news', 'imdb', 'banking77')), 'ablation', 'ablation_seed1', 'ablation_seed2', 'dense_rates', 'longer', 'sst2_20k_longer', 'robustness',
         'conll2003', *(f'conll2003_4k_{x}' for x in ('seed0', 'seed1', 'seed2', 'free', 'middle', 'tight')),
         'toxicity', 'toxicity_seed1', 'toxicity_seed2', 'toxicity_classifier', 'faithfulness', 'faithfulness_sst2', 'faithfulness_movies', 'faithfulness_toxicity', 'comparison', 'long_context',
         'word_in_context', 'backbones']
